@@ -1,0 +1,19 @@
+"""MONAI's engine, taught to contrast."""
+
+from medclr.engine.handlers import ContrastLog, Progress, StepSchedule, ValidationLog
+from medclr.engine.metrics import EmbeddingMetric, embedding_report
+from medclr.engine.optim import decay_groups
+from medclr.engine.prepare import PrepareViews
+from medclr.engine.trainer import ContrastiveTrainer
+
+__all__ = [
+    "ContrastLog",
+    "ContrastiveTrainer",
+    "EmbeddingMetric",
+    "PrepareViews",
+    "Progress",
+    "StepSchedule",
+    "ValidationLog",
+    "decay_groups",
+    "embedding_report",
+]

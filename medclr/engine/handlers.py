@@ -1,0 +1,239 @@
+"""What a run reports while it goes on: numbers and pictures in TensorBoard, progress, and a summary at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.utils.enums import CommonKeys
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from medclr import distributed, keys
+from medclr.engine.metrics import EmbeddingMetric, alignment, dimension_std, effective_rank, uniformity
+from medclr.engine.trainer import VIEWS
+from medclr.errors import ConfigError
+from medclr.geometry import View
+
+logger = logging.getLogger(__name__)
+
+
+class StepSchedule:
+    """Move a learning-rate schedule once per optimizer step, also under gradient accumulation and a skipped step.
+
+    Args:
+        scheduler: any of torch's or MONAI's.
+    """
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the scheduler's own optimizer."""
+        self.scheduler.optimizer.register_step_post_hook(lambda *_: self.scheduler.step())
+
+
+class ContrastLog:
+    """Losses, learning rate, padding and the health of the projections, to TensorBoard and to ``engine.state.metrics``.
+
+    Health is that of the batch's projections: effective rank, standard deviation per dimension, alignment, uniformity.
+    They cost a singular value decomposition of (2B, D), so they are taken every ``interval`` steps.
+
+    Args:
+        log_dir: where TensorBoard's files go; one writer, on rank 0.
+        optimizer: whose learning rate is logged.
+        interval: steps between two measurements.
+        pictures: patients whose two views are drawn.
+        picture_interval: epochs between two pictures.
+
+    Raises:
+        ConfigError: for an interval below 1.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | Path,
+        optimizer: Optimizer,
+        *,
+        interval: int = 10,
+        pictures: int = 4,
+        picture_interval: int = 10,
+    ) -> None:
+        if interval < 1 or picture_interval < 1:
+            raise ConfigError(
+                "A log interval is unusable.",
+                got=f"{interval} steps, {picture_interval} epochs",
+                wanted=">= 1",
+                fix="For example interval: 10.",
+            )
+        self.optimizer, self.interval = optimizer, interval
+        self.pictures, self.picture_interval = pictures, picture_interval
+        self.log_dir = str(log_dir)
+        self.writer: SummaryWriter | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Log on rank 0 alone."""
+        if distributed.rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.open)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.log)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
+            engine.add_event_handler(Events.COMPLETED, self.close)
+            engine.add_event_handler(Events.TERMINATE, self.close)
+
+    def open(self, engine: Engine) -> None:
+        """Open the files when the run starts, not when the bundle is parsed."""
+        self.writer = SummaryWriter(self.log_dir)
+
+    def log(self, engine: Engine) -> None:
+        """One point of each curve."""
+        output = engine.state.output
+        projections = (
+            output[CommonKeys.PRED].get(keys.PROJECTIONS) if isinstance(output[CommonKeys.PRED], Mapping) else None
+        )
+        values = {name: float(value) for name, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
+        values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        view = output[CommonKeys.IMAGE]
+        if isinstance(view, View):
+            values["padding"] = 1.0 - float(view.valid.float().mean())
+        if projections is not None:
+            z = projections.detach().float()
+            values |= {
+                "effective_rank": effective_rank(z.flatten(0, 1)),
+                "dimension_std": dimension_std(z.flatten(0, 1)),
+                "alignment": alignment(z[:, 0], z[:, 1]),
+                "uniformity": uniformity(z[:, 0]),
+            }
+        engine.state.metrics.update({f"train_{name}": value for name, value in values.items()})
+        assert self.writer is not None
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, engine.state.iteration)
+
+    def draw(self, engine: Engine) -> None:
+        """Both views of the first patients of the batch: middle slices, view 1 above view 2."""
+        if (engine.state.epoch - 1) % self.picture_interval or self.pictures < 1:
+            return
+        views = engine.state.output.get(VIEWS)
+        if views is None or self.writer is None:
+            return
+        rows = [
+            torch.cat([_middle_slices(view, place) for view in views], dim=1)
+            for place in range(min(self.pictures, len(views[0].image)))
+        ]
+        for place, picture in enumerate(rows):
+            self.writer.add_image(f"views/patient_{place}", picture, engine.state.epoch)
+
+    def close(self, engine: Engine) -> None:
+        """Flush and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+def _middle_slices(view: View, place: int) -> Tensor:
+    """The three middle slices of one view side by side, (1, H, W) in 0..1, first channel."""
+    image = view.image[place, 0].detach().float().cpu()
+    x, y, z = (edge // 2 for edge in image.shape)
+    slices = [image[x].T, image[:, y].T, image[:, :, z].T]
+    height = max(part.shape[0] for part in slices)
+    canvas = torch.cat(
+        [torch.nn.functional.pad(part.flip(0), (1, 1, 1, height - part.shape[0] + 1)) for part in slices], dim=1
+    )
+    low, high = image.min(), image.max()
+    return ((canvas - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)[None]
+
+
+class ValidationLog:
+    """Write what an :class:`EmbeddingMetric` reported to TensorBoard and the log.
+
+    Args:
+        metric: the metric attached to the evaluator.
+        log_dir: where TensorBoard's files go.
+        step: gives the training step, or None for 0.
+    """
+
+    def __init__(self, metric: EmbeddingMetric, log_dir: str | Path, step: Callable[[], int] | None = None) -> None:
+        self.metric, self.log_dir = metric, str(log_dir)
+        self.step = step if step is not None else lambda: 0
+
+    def attach(self, engine: Engine) -> None:
+        """After each validation, on rank 0."""
+        if distributed.rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.log)
+
+    def log(self, engine: Engine) -> None:
+        """One line, and one point of each curve."""
+        report = self.metric.report
+        engine.state.metrics.update(report)
+        logger.info(
+            "held-out patients at step %d: %s", self.step(), ", ".join(f"{k} {v:.4g}" for k, v in report.items())
+        )
+        with SummaryWriter(self.log_dir) as writer:
+            for name, value in report.items():
+                writer.add_scalar(f"validation/{name}", value, self.step())
+
+
+class Progress:
+    """A progress bar over the steps of a run, with the loss, and a summary of time at the end, on rank 0.
+
+    Args:
+        summary: gives further lines for the end, such as what was quarantined.
+    """
+
+    def __init__(self, summary: Callable[[], str] | None = None) -> None:
+        self.summary = summary
+        self.bar: tqdm[Any] | None = None
+        self.waiting = self.working = 0.0
+        self.mark = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every step."""
+        if distributed.rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
+            engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._work)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
+            engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        """Open the bar."""
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="training", dynamic_ncols=True)
+
+    def _wait(self, engine: Engine) -> None:
+        self.mark = time.perf_counter()
+
+    def _work(self, engine: Engine) -> None:
+        self.waiting += time.perf_counter() - self.mark
+        self.mark = time.perf_counter()
+
+    def advance(self, engine: Engine) -> None:
+        """One step further."""
+        self.working += time.perf_counter() - self.mark
+        assert self.bar is not None
+        loss = engine.state.output[CommonKeys.LOSS] if isinstance(engine.state.output, Mapping) else None
+        if loss is not None and (engine.state.iteration % 10 == 0 or engine.state.iteration == 1):
+            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{float(loss):.3f}")
+        self.bar.update()
+
+    def finish(self, engine: Engine) -> None:
+        """Close the bar; log steps, seconds a step, and what the summary says."""
+        assert self.bar is not None
+        self.bar.close()
+        steps = max(1, self.bar.n - (self.bar.initial or 0))
+        logger.info(
+            "%d steps, %.3f s a step (%.3f s of it waiting for data)",
+            steps,
+            (self.waiting + self.working) / steps,
+            self.waiting / steps,
+        )
+        if self.summary is not None:
+            for line in self.summary().splitlines():
+                logger.info(line)

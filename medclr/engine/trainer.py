@@ -1,0 +1,165 @@
+"""MONAI's trainer with a loss that returns a dictionary, precision on any device, and a hook after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any, Literal
+
+import torch
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys
+from torch import nn
+from torch.optim import Optimizer
+
+from medclr import keys
+from medclr.engine.prepare import PrepareViews
+from medclr.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+VIEWS = "views"
+"""Key of the engine's output: all views of the batch."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ContrastiveTrainer(SupervisedTrainer):
+    """A ``SupervisedTrainer`` for methods: the network is a method, perhaps inside DDP, the loss its ``contrast``.
+
+    ``engine.state.output`` holds ``image`` (the first view), ``views`` (all of them), ``label`` (the metadata),
+    ``pred`` (the embeddings), ``loss`` (unscaled) and whatever else ``contrast`` returned. All four iteration events fire. After each optimizer
+    step, and only then, the method's ``after_step`` is called with steps done / total.
+
+    Args:
+        device: where to train.
+        max_epochs: epochs to train.
+        train_data_loader: batches of a :class:`~medclr.pairs.PatientPairDataset`.
+        network: the method, or DDP around it.
+        optimizer: the optimizer of its parameters.
+        loss_function: the method's ``contrast``.
+        prepare_batch: batch to (view_1, meta, (view_2,), {}); a :class:`~medclr.engine.PrepareViews`.
+        precision: ``fp32``, or autocast to ``bf16`` (no scaler) or ``fp16`` (with a scaler), on any device.
+        clip_norm: largest norm of the whole gradient, or None.
+        kwargs: passed on to ``SupervisedTrainer``: ``epoch_length``, ``train_handlers``, ``accumulation_steps``, ...
+            Accumulation enlarges the step, not the set of negatives.
+
+    Raises:
+        ConfigError: for an unknown precision, a ``clip_norm`` that is not > 0, or a network that is no method.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        max_epochs: int,
+        train_data_loader: Iterable[Any],
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss_function: Callable[..., Mapping[str, torch.Tensor]],
+        prepare_batch: PrepareViews,
+        *,
+        precision: Precision = "fp32",
+        clip_norm: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if precision not in DTYPES:
+            raise ConfigError(
+                "The precision is unknown.", got=precision, wanted=", ".join(DTYPES), fix="precision: bf16"
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(
+                "The gradient cannot be clipped to this norm.",
+                got=clip_norm,
+                wanted="a number > 0 or null",
+                fix="For example clip_norm: 1.0.",
+            )
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            prepare_batch=prepare_batch,
+            amp=False,
+            decollate=False,
+            optim_set_to_none=True,
+            **kwargs,
+        )
+        self.method: Any = getattr(network, "module", network)
+        if not callable(getattr(self.method, "after_step", None)):
+            raise ConfigError(
+                "The network is no contrastive method.",
+                got=type(self.method).__name__,
+                wanted="a module with forward, contrast and after_step",
+                fix="Take one of medclr.methods, or add the three to yours.",
+            )
+        if self.state.epoch_length == 0:
+            raise ConfigError(
+                "An epoch holds no batch.",
+                got=f"a data loader of {len(train_data_loader)} batches"
+                if isinstance(train_data_loader, Sized)
+                else "epoch_length 0",
+                wanted="at least one",
+                fix="Lower batch_size, or raise passes, so that patients x passes >= batch_size x ranks.",
+            )
+        self.precision, self.clip_norm = precision, clip_norm
+        self.grad_scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
+
+    def _iteration(self, engine: ContrastiveTrainer, batchdata: Any) -> dict[str, Any]:
+        view_1, meta, others, kwargs = engine.prepare_batch(
+            batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
+        )
+        output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: (view_1, *others)}
+        engine.state.output = output
+        first, last = self._place_in_step()
+        engine.network.train()
+        if first:
+            engine.optimizer.zero_grad(set_to_none=True)
+
+        with torch.autocast(
+            torch.device(engine.state.device).type, DTYPES[self.precision], enabled=self.precision != "fp32"
+        ):
+            output[CommonKeys.PRED] = engine.inferer(view_1, engine.network, *others, **kwargs)
+            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+            results = engine.loss_function(output[CommonKeys.PRED], meta)
+        loss = results[keys.LOSS]
+        output.update(results)
+        output[CommonKeys.LOSS] = loss.detach()
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+
+        self.grad_scaler.scale(loss / self.accumulation_steps).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if last:
+            self._step()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return output
+
+    def _step(self) -> None:
+        if self.clip_norm is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        before = self.grad_scaler.get_scale()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        # The scaler skips a step whose gradients overflowed, and then lowers its scale: a method must not move then.
+        if self.grad_scaler.get_scale() >= before:
+            total = self.state.max_epochs * self.state.epoch_length
+            self.method.after_step(self.state.iteration / total)
+
+    def _place_in_step(self) -> tuple[bool, bool]:
+        """Whether this micro-batch is the first and the last of its optimizer step, as ``SupervisedTrainer`` counts."""
+        within = (self.state.iteration - 1) % self.state.epoch_length
+        first = within % self.accumulation_steps == 0
+        last = (within + 1) % self.accumulation_steps == 0 or within + 1 == self.state.epoch_length
+        return first, last
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ignite's state, and the precision scaler's."""
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        rest = dict(state_dict)
+        scaler = rest.pop("grad_scaler", None)
+        if scaler:
+            self.grad_scaler.load_state_dict(scaler)
+        super().load_state_dict(rest)

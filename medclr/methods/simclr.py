@@ -1,0 +1,89 @@
+"""SimCLR: two views of a sample attract, those of other samples repel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from medclr import keys
+from medclr.affinity import VIEW, Affinity
+from medclr.distributed import gather
+from medclr.errors import ConfigError
+from medclr.geometry import View
+from medclr.losses.info_nce import check_temperature, info_nce
+from medclr.models import Encoder, Projector
+
+
+class SimCLR(nn.Module):
+    """SimCLR (arXiv:2002.05709) with pairs weighed by an affinity.
+
+    Args:
+        encoder: image (B, C, X, Y, Z) to features (B, F).
+        projector: features (B, F) to projections (B, D); a two-layer MLP of the encoder's width if None.
+        temperature: > 0.
+        affinity: what each pair counts as; by default two samples of one patient are ignored.
+
+    Raises:
+        ConfigError: for an unusable temperature, or a projector of another width than the encoder's.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projector: Projector | None = None,
+        *,
+        temperature: float = 0.1,
+        affinity: Affinity | None = None,
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.encoder = encoder
+        self.projector = projector if projector is not None else Projector(encoder.out_features)
+        if self.projector.in_features != encoder.out_features:
+            raise ConfigError(
+                "The projector does not fit the encoder.",
+                got=f"a projector of {self.projector.in_features} features",
+                wanted=f"{encoder.out_features}, the encoder's",
+                fix="Leave the projector's in_features to the encoder.",
+            )
+        self.temperature = temperature
+        self.affinity = affinity if affinity is not None else Affinity()
+
+    def forward(self, view_1: View, view_2: View) -> dict[str, Tensor]:
+        """Embeddings of a batch, sample by sample: ``features`` (B, 2, F) and ``projections`` (B, 2, D)."""
+        features = self.encoder(torch.cat([view_1.image, view_2.image]))
+        both = {keys.FEATURES: features, keys.PROJECTIONS: self.projector(features)}
+        return {name: torch.stack(value.chunk(2), dim=1) for name, value in both.items()}
+
+    def contrast(self, embeddings: Mapping[str, Tensor], meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of this rank's samples against those of all ranks.
+
+        Args:
+            embeddings: what ``forward`` returned.
+            meta: ``sample`` and ``patient``, int64 (B,) each.
+
+        Returns:
+            ``loss`` (), the mean over this rank's 2B views, and ``plateau`` (), the loss of embeddings that tell
+            nothing apart: the logarithm of the number of candidates.
+        """
+        z = normalize(embeddings[keys.PROJECTIONS].float(), dim=-1)
+        batch, views = z.shape[:2]
+        own = {
+            keys.SAMPLE: meta[keys.SAMPLE].repeat_interleave(views),
+            keys.PATIENT: meta[keys.PATIENT].repeat_interleave(views),
+            VIEW: torch.arange(views, device=z.device).repeat(batch),
+        }
+        queries = z.flatten(0, 1)
+        candidates = gather(queries)
+        pairs = self.affinity.pairs(own, {name: gather(value) for name, value in own.items()})
+        return {
+            keys.LOSS: info_nce(queries, candidates, pairs, self.temperature),
+            "plateau": z.new_tensor(math.log(max(1, len(candidates) - 1))),
+        }
+
+    def after_step(self, progress: float) -> None:
+        """Nothing moves outside the optimizer; ``progress`` is steps done / total."""

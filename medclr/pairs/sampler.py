@@ -1,0 +1,63 @@
+"""Which patients an epoch holds, in which order, on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+from torch.utils.data import Dataset, DistributedSampler
+
+from medclr import distributed
+from medclr.draws import shuffled
+from medclr.errors import ConfigError
+from medclr.pairs.dataset import Item, PatientPairDataset
+
+
+class PatientSampler(DistributedSampler[Item]):
+    """Yields (patient, epoch, occurrence); every patient occurs ``passes`` times an epoch, in a new order each time.
+
+    A ``DistributedSampler``, because MONAI's engines tell only those which epoch it is. An epoch's order depends on
+    (seed, epoch) alone; ranks take turns in it, so that a global batch holds the same patients on any number of ranks.
+    What does not fill a turn of all ranks is left out.
+
+    Args:
+        dataset: the pairs to draw.
+        passes: how often each patient occurs in an epoch; a small cohort wants several.
+        seed: the run's seed.
+        num_replicas: number of ranks; asked of the process group if None.
+        rank: this rank; asked of the process group if None.
+
+    Raises:
+        ConfigError: for ``passes`` below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: PatientPairDataset,
+        *,
+        passes: int = 1,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if passes < 1:
+            raise ConfigError("An epoch would be empty.", got=f"passes {passes}", wanted=">= 1", fix="Set passes: 1.")
+        super().__init__(
+            cast("Dataset[Item]", dataset),
+            num_replicas=distributed.world_size() if num_replicas is None else num_replicas,
+            rank=distributed.rank() if rank is None else rank,
+            shuffle=True,
+            seed=seed,
+        )
+        self.patients, self.passes = len(dataset), passes
+        self.num_samples = self.patients * passes // self.num_replicas
+        self.total_size = self.num_samples * self.num_replicas
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]  # the dataset takes such an index
+        """The draws of this rank in this epoch (see ``set_epoch``)."""
+        order = np.concatenate(
+            [shuffled(self.patients, ("sampler", self.seed, self.epoch, turn)) for turn in range(self.passes)]
+        )
+        for position in range(self.rank, self.total_size, self.num_replicas):
+            yield int(order[position]), self.epoch, position // self.patients

@@ -17,7 +17,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH_SPEC=$(TORCH_SPEC) VENV=$(VENV) PYTEST_ARGS=$(PYTEST_ARGS)'
 
-env: $(STAMP) ## create the environment in $(VENV), once
+env: $(STAMP) ## create the environment, once; the others do it as needed
 
 # torch goes first, so that the second line finds whichever build of it TORCH_SPEC asked for.
 $(STAMP): pyproject.toml constraints.txt

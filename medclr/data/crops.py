@@ -7,6 +7,8 @@ What lies outside the scan is zero, and the crop says so (``Crop.inside``).
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,7 +39,10 @@ class RandomCrop:
     needs_same_scan = False
 
     def __init__(self, size: Sequence[int], read_size: Sequence[int] | None = None) -> None:
-        self.size, self.read_size = checked_size("size", size), checked_size("read_size", read_size or size)
+        self.size, self.read_size = (
+            checked_size("size", size),
+            checked_size("read_size", size if read_size is None else read_size),
+        )
         if any(read < seen for read, seen in zip(self.read_size, self.size, strict=True)):
             raise ConfigError(
                 "A crop would read less than its view shows.",
@@ -136,7 +141,7 @@ class CropAround(RandomCrop):
         jitter: float = 0.0,
     ) -> None:
         super().__init__(size, read_size)
-        if target not in ("mask", "point") or jitter < 0:
+        if target not in ("mask", "point") or not 0 <= jitter < math.inf:
             raise ConfigError(
                 "A crop around a target is unusable.",
                 got=f"target {target!r}, jitter {jitter}",
@@ -202,7 +207,8 @@ class OverlappingCrops(RandomCrop):
 
     def __call__(self, volume_1: Volume, volume_2: Volume, key: Tensor) -> tuple[Crop, Crop]:
         """Two crops; ``key`` (5,) is the pair's draw key, whose view is 0."""
-        if volume_1.image is not volume_2.image and not torch.equal(volume_1.affine, volume_2.affine):
+        one_grid = volume_1.image.shape == volume_2.image.shape and torch.equal(volume_1.affine, volume_2.affine)
+        if not one_grid:
             raise ConfigError(
                 "Overlapping crops were asked for in two different scans.",
                 got="scans on different grids",
@@ -254,11 +260,15 @@ def read_crop(volume: Volume, start: Start, size: Sequence[int], key: Tensor) ->
 
 def checked_size(name: str, size: Sequence[int]) -> tuple[int, int, int]:
     """``size`` as a triple, or :class:`ConfigError`."""
-    if len(size) != 3 or any(int(edge) != edge or edge < 1 for edge in size):
+    try:
+        x, y, z = (operator.index(edge) for edge in size)
+    except (TypeError, ValueError):
+        x = y = z = 0
+    if min(x, y, z) < 1:
         raise ConfigError(
             f"{name} is unusable.", got=size, wanted="three whole numbers > 0", fix=f"For example {name}: [64, 64, 64]."
         )
-    return int(size[0]), int(size[1]), int(size[2])
+    return x, y, z
 
 
 def _of_view(key: Tensor, view: int) -> Tensor:

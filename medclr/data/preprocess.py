@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.image_reader import ImageReader
 from monai.transforms import (
     Compose,
-    LoadImage,
     MapTransform,
     Orientationd,
     ScaleIntensityRangePercentiles,
@@ -21,14 +20,11 @@ from monai.transforms import (
 from torch import Tensor
 
 from medclr import keys
+from medclr.data.load import CHANNELS, LoadScand, plain
 from medclr.errors import ConfigError, ScanError
 
-CHANNELS = "channels"
-"""Key of a preprocessed row: bool tensor (C,), which sequences are present."""
 POINT = "point"
 """Column of a datalist row: a point of interest, three numbers in the scan's world space (RAS, millimetres)."""
-AFFINE_TOLERANCE_MM = 1e-2
-"""How far the corners of two grids may lie apart and still be one grid; headers store float32 and rounded text."""
 
 
 class Volume(NamedTuple):
@@ -87,15 +83,29 @@ class Preprocessing(Compose):
                 wanted="image, or image and label",
                 fix="Set load: [image] or load: [image, label].",
             )
-        if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
+        if orientation is not None and not _names_three_axes(orientation):
+            raise ConfigError(
+                "The orientation is unusable.",
+                got=orientation,
+                wanted="one letter of each of R/L, A/P and S/I, or null",
+                fix="For example orientation: RAS.",
+            )
+        steps_mm = None if spacing is None else _three_numbers(spacing)
+        if spacing is not None and (steps_mm is None or min(steps_mm) <= 0):
             raise ConfigError(
                 "The spacing is unusable.",
                 got=spacing,
                 wanted="three numbers > 0, millimetres, or null",
                 fix="For example spacing: [1.0, 1.0, 1.0].",
             )
-        self.load, self.orientation = tuple(load), orientation
-        self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
+        if intensity is not None and not callable(intensity):
+            raise ConfigError(
+                "The intensity is unusable.",
+                got=intensity,
+                wanted="a transform of one channel, or null",
+                fix="For example intensity: {_target_: NormalizeIntensity}.",
+            )
+        self.load, self.orientation, self.spacing = tuple(load), orientation, steps_mm
         self.intensity = intensity or ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
         steps: list[Any] = [LoadScand(self.load, reader=reader)]
         if orientation is not None:
@@ -117,130 +127,38 @@ class Preprocessing(Compose):
             if cause is None:
                 raise
             raise cause from None
-        image, label, point = done[keys.IMAGE], done.get(keys.LABEL), row.get(POINT)
+        image, label, place = done[keys.IMAGE], done.get(keys.LABEL), row.get(POINT)
+        point = None if place is None else _three_numbers(place)
+        if place is not None and point is None:
+            raise ScanError(
+                "A scan's point is unusable.",
+                got=place,
+                wanted="[x, y, z] in world millimetres",
+                fix="Correct the row's point, or drop it.",
+            )
         return Volume(
-            image=_plain(image).to(torch.float32),
+            image=plain(image).to(torch.float32),
             affine=torch.as_tensor(image.affine, dtype=torch.float32),
             channels=done[CHANNELS],
-            label=_plain(label)[0].to(torch.int16) if isinstance(label, MetaTensor) else None,
+            label=plain(label)[0].to(torch.int16) if isinstance(label, MetaTensor) else None,
             point=None if point is None else torch.tensor(point, dtype=torch.float32),
         )
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, for the manifest that travels with weights."""
-        settings = {
-            name: value
-            for name, value in vars(self.intensity).items()
-            if not name.startswith("_") and isinstance(value, (int, float, str, bool, type(None)))
-        }
         return {
             "orientation": self.orientation,
             "spacing": None if self.spacing is None else list(self.spacing),
-            "intensity": {"name": type(self.intensity).__name__, **settings},
+            "intensity": _settings(self.intensity),
         }
 
 
-class LoadScand(MapTransform):
-    """Load the files of a row with MONAI's ``LoadImage`` and check that they are 3D, finite, and on one grid.
-
-    ``image`` may be one path or a list of paths of co-registered sequences; a null entry becomes a zero channel, and
-    the row gains ``channels``. ``label`` is left as it is where it is no path, and left out where absent.
-    """
-
-    def __init__(self, load: Sequence[str], *, reader: ImageReader | str | None = None) -> None:
-        super().__init__(load, allow_missing_keys=True)
-        self.loader = LoadImage(reader=reader, image_only=True, dtype=np.float32, ensure_channel_first=True)
-
-    def __call__(self, row: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Row of paths to row of MetaTensors (C, X, Y, Z)."""
-        done = dict(row)
-        paths = row[keys.IMAGE]
-        paths = list(paths) if isinstance(paths, (list, tuple)) else [paths]
-        images = [None if path is None else self._scan(path) for path in paths]
-        present = [image for image in images if image is not None]
-        if not present:
-            raise ScanError(
-                "A scan has no sequence at all.",
-                got=paths,
-                wanted="at least one path under image",
-                fix="Drop the row, or name its file.",
-            )
-        first = present[0]
-        for image in present[1:]:
-            check_same_grid(
-                image,
-                first,
-                "The sequences of one scan lie on different grids.",
-                "Register and resample the sequences to one grid, or give each its own row.",
-            )
-        stacked = torch.cat([torch.zeros_like(_plain(first)) if image is None else _plain(image) for image in images])
-        done[keys.IMAGE] = MetaTensor(stacked, affine=first.affine, meta=first.meta)
-        done[CHANNELS] = torch.tensor([image is not None for image in images])
-        if keys.LABEL in self.keys and isinstance(row.get(keys.LABEL), str):
-            label = self._read(row[keys.LABEL])
-            check_same_grid(
-                label,
-                first,
-                "A label lies on another grid than its image.",
-                "Resample the label to its image, or correct the header that is wrong.",
-            )
-            if not bool((label == label.round()).all()):
-                raise ScanError(
-                    "A label holds values that are no whole numbers.",
-                    got=sorted(label.unique().tolist())[:5],
-                    wanted="0, 1, 2, ...",
-                    fix="Give a mask of classes, not a probability map.",
-                )
-            done[keys.LABEL] = label
-        return done
-
-    def _scan(self, path: str) -> MetaTensor:
-        image = self._read(path)
-        if not bool(torch.isfinite(_plain(image)).all()):
-            raise ScanError(
-                "A scan holds values that are no numbers.",
-                got="NaN or infinite voxels",
-                wanted="finite voxels",
-                fix="Convert the scan again, or replace those voxels.",
-            )
-        if float(image.min()) == float(image.max()):
-            raise ScanError(
-                "A scan is constant.",
-                got=f"every voxel is {float(image.min()):g}",
-                wanted="an image",
-                fix="Drop the scan: it holds no information.",
-            )
-        return image
-
-    def _read(self, path: str) -> MetaTensor:
-        try:
-            image = self.loader(path)
-        except Exception as error:  # readers raise many kinds, and their texts hold paths, which may hold names
-            raise ScanError(
-                "A file cannot be read as an image.",
-                got=type(error).__name__,
-                wanted="a complete file of a known type",
-                fix="Copy or convert the file again.",
-            ) from error
-        if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 2:
-            raise ScanError(
-                "A scan is not 3D.",
-                got=f"shape {tuple(image.shape[1:] if image.shape[0] == 1 else image.shape)}",
-                wanted="one volume (X, Y, Z) a file",
-                fix="Split a series into one file a volume.",
-            )
-        if abs(float(np.linalg.det(image.affine[:3, :3]))) < 1e-9:
-            raise ScanError(
-                "A scan's geometry is unusable.",
-                got="an affine that cannot be inverted",
-                wanted="three independent axes with spacing > 0",
-                fix="Correct the header.",
-            )
-        return image
-
-
 class NormaliseChannelsd(MapTransform):
-    """Apply ``intensity`` to each present channel of ``image`` by itself; absent channels stay zero."""
+    """Apply ``intensity`` to each present channel of ``image`` by itself; absent channels stay zero.
+
+    Raises:
+        ScanError: for a channel that the transform leaves constant, not finite, or outside the range it should clip to.
+    """
 
     def __init__(self, intensity: Transform) -> None:
         super().__init__((keys.IMAGE,))
@@ -251,25 +169,49 @@ class NormaliseChannelsd(MapTransform):
         done = dict(row)
         image = row[keys.IMAGE]
         for channel in torch.nonzero(row[CHANNELS]).flatten().tolist():
-            image[channel : channel + 1] = self.intensity(image[channel : channel + 1])
+            image[channel : channel + 1] = self._checked(self.intensity(image[channel : channel + 1]))
         done[keys.IMAGE] = image
         return done
 
+    def _checked(self, image: Tensor) -> Tensor:
+        low, high = float(image.min()), float(image.max())
+        limits = -math.inf, math.inf
+        if getattr(self.intensity, "clip", False) and getattr(self.intensity, "b_max", None) is not None:
+            # MONAI's percentile scaling shifts, and neither scales nor clips, where both percentiles are one value.
+            limits = self.intensity.b_min - 1e-3, self.intensity.b_max + 1e-3
+        if not (math.isfinite(low) and low < high and math.isfinite(high) and limits[0] <= low and high <= limits[1]):
+            raise ScanError(
+                "A scan cannot be normalised.",
+                got=f"values from {low:g} to {high:g} after {type(self.intensity).__name__}",
+                wanted="finite values that differ, within the range that it scales to",
+                fix="Crop the scan to the body, choose another intensity, or drop the scan.",
+            )
+        return image
 
-def check_same_grid(image: MetaTensor, other: MetaTensor, problem: str, fix: str) -> None:
-    """Raise :class:`ScanError` unless both volumes have one shape and their corners lie within the tolerance."""
-    if image.shape[1:] != other.shape[1:]:
-        raise ScanError(
-            problem, got=f"shapes {tuple(image.shape[1:])} and {tuple(other.shape[1:])}", wanted="one shape", fix=fix
-        )
-    extent = np.asarray(image.shape[1:]) - 1
-    corners = np.array([[*(extent * corner), 1.0] for corner in np.ndindex(2, 2, 2)])
-    apart = np.abs(corners @ (np.asarray(image.affine) - np.asarray(other.affine)).T).max()
-    if apart > AFFINE_TOLERANCE_MM:
-        raise ScanError(
-            problem, got=f"corners up to {apart:.3g} mm apart", wanted=f"within {AFFINE_TOLERANCE_MM:g} mm", fix=fix
-        )
+
+def _names_three_axes(codes: Any) -> bool:
+    return isinstance(codes, str) and len(codes) == 3 and all(set(axis) & set(codes) for axis in ("RL", "AP", "SI"))
 
 
-def _plain(image: MetaTensor | Tensor) -> Tensor:
-    return image.as_tensor() if isinstance(image, MetaTensor) else image
+def _three_numbers(values: Any) -> tuple[float, float, float] | None:
+    if isinstance(values, str):
+        return None
+    try:
+        x, y, z = (float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return (x, y, z) if math.isfinite(x) and math.isfinite(y) and math.isfinite(z) else None
+
+
+def _settings(transform: Any) -> dict[str, Any]:
+    kind = {"name": type(transform).__name__}
+    if isinstance(transform, Compose):
+        return {**kind, "transforms": [_settings(part) for part in transform.transforms]}
+    simple = (int, float, str, bool, type(None))
+    settings = {
+        key: list(value) if isinstance(value, (list, tuple)) else value
+        for key, value in vars(transform).items()
+        if not key.startswith("_")
+        and all(isinstance(part, simple) for part in (value if isinstance(value, (list, tuple)) else [value]))
+    }
+    return {**settings, **kind}

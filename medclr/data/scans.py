@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from medclr import keys
 from medclr.data.preprocess import Preprocessing, Volume
-from medclr.errors import DatalistError, ScanError
+from medclr.errors import ConfigError, DatalistError, ScanError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ class Quarantine:
     """The scans of a datalist that a run could not use, with the reason.
 
     Kept in a file of JSON lines, so that data loader workers and ranks can add to it at the same time. It names a scan
-    by its place in the datalist, not by its path, which may hold a name.
+    by its place in the datalist, not by its path, which may hold a name; so each section of a datalist needs a file of
+    its own. What an earlier run left in the file stays there and is not counted: scans are repaired, datalists change.
 
     Args:
         path: the file, or None to keep it in this process's memory alone.
@@ -32,7 +35,7 @@ class Quarantine:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._known: dict[int, str] = {}
-        self._announced: set[int] = set()
+        self._begin = self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
     def add(self, scan: int, reason: ScanError) -> None:
         """Record that scan number ``scan`` cannot be used."""
@@ -50,8 +53,14 @@ class Quarantine:
         """Reason by scan number, of all workers and ranks that share the file."""
         known = dict(self._known)
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                entry = json.loads(line)
+            with self.path.open("rb") as file:
+                file.seek(self._begin)
+                lines = file.read().splitlines()
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # half a line, of a process that was killed or is writing now
+                    continue
                 known.setdefault(entry["scan"], entry["reason"])
         return dict(sorted(known.items()))
 
@@ -61,48 +70,63 @@ class ScanReader:
 
     Args:
         preprocessing: how a scan is loaded and normalised.
-        cache_mb: how many megabytes of preprocessed volumes to keep, oldest out first. Volumes that ``preload`` read
-            lie in shared memory, so that workers do not copy them.
+        cache_mb: how many megabytes of preprocessed volumes to keep, oldest out first; 0 keeps none. Workers that are
+            forked share what was kept before, and each may keep as much again of what it reads itself.
         quarantine: where scans that fail are recorded.
+
+    A reader serves one list of rows, since it knows a scan by its number.
+
+    Raises:
+        ConfigError: for an unusable ``cache_mb``.
     """
 
     def __init__(
         self, preprocessing: Preprocessing, *, cache_mb: float = 2048, quarantine: Quarantine | None = None
     ) -> None:
+        if not 0 <= cache_mb < math.inf:
+            raise ConfigError("The cache is unusable.", got=cache_mb, wanted=">= 0 MB", fix="Set cache_mb: 2048.")
         self.preprocessing = preprocessing
         self.cache_bytes = int(cache_mb * 2**20)
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self._cache: OrderedDict[int, Volume] = OrderedDict()
         self._failed: dict[int, ScanError] = {}
+        self._files: dict[int, Any] = {}
         self._held = 0
 
+    @property
+    def failed(self) -> frozenset[int]:
+        """Numbers of the scans that this reader found unusable."""
+        return frozenset(self._failed)
+
     def read(self, scan: int, row: Mapping[str, Any]) -> Volume:
-        """The volume of row number ``scan``; raises :class:`ScanError` (and quarantines) where it cannot be used."""
-        if scan in self._failed:
-            raise self._failed[scan]
+        """The volume of row number ``scan``.
+
+        Raises:
+            ScanError: where it cannot be used; it is quarantined, and not read again.
+            ConfigError: where this number stood for another row before.
+        """
+        volume = self._load(scan, row)
+        size = _bytes(volume)
         if scan in self._cache:
             self._cache.move_to_end(scan)
-            return self._cache[scan]
-        try:
-            volume = self.preprocessing.volume(row)
-        except ScanError as error:
-            self.refuse(scan, error)
-            raise
-        size = _bytes(volume)
-        if size <= self.cache_bytes:
+        elif size <= self.cache_bytes:
             while self._held + size > self.cache_bytes:
                 self._held -= _bytes(self._cache.popitem(last=False)[1])
-            self._cache[scan] = volume
-            self._held += size
+            self._keep(scan, volume)
         return volume
 
     def refuse(self, scan: int, error: ScanError) -> None:
         """Quarantine a scan that could be read but not used."""
-        self._failed[scan] = error
+        # A copy, because the traceback of the error itself holds on to the voxels that were being looked at.
+        self._failed[scan] = copy(error)
         self.quarantine.add(scan, error)
 
-    def preload(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def preload(self, rows: Sequence[Mapping[str, Any]], *, whole: bool = False) -> None:
         """Read rows, with a progress bar, until the cache is full: what is bad is known before training starts.
+
+        Args:
+            rows: the rows, in the order of their numbers.
+            whole: read the rest as well, without keeping it, so that every bad scan is known.
 
         Raises:
             DatalistError: if no scan can be used.
@@ -110,16 +134,16 @@ class ScanReader:
         usable = 0
         for scan, row in enumerate(tqdm(rows, desc="reading scans", unit="scan", leave=False)):
             try:
-                volume = self.read(scan, row)
+                volume = self._load(scan, row)
             except ScanError:
                 continue
             usable += 1
             if scan in self._cache:
-                for tensor in volume:
-                    if tensor is not None:
-                        tensor.share_memory_()
-            if self._held > 0.95 * self.cache_bytes:
-                logger.info("the cache of %.0f MB is full after %d scans", self.cache_bytes / 2**20, scan + 1)
+                continue
+            if self._held + _bytes(volume) <= self.cache_bytes:
+                self._keep(scan, volume)
+            elif not whole:
+                logger.info("the cache of %.0f MB is full after %d scans", self.cache_bytes / 2**20, scan)
                 break
         if not usable and len(rows):
             first = next(iter(self.quarantine.reasons().values()))
@@ -129,6 +153,29 @@ class ScanReader:
                 wanted=f"at least one readable 3D scan under {keys.IMAGE}",
                 fix="Check the datalist and the folder that it points to.",
             )
+
+    def _load(self, scan: int, row: Mapping[str, Any]) -> Volume:
+        files = row.get(keys.IMAGE)
+        if self._files.setdefault(scan, files) != files:
+            raise ConfigError(
+                "One reader was given two lists of scans.",
+                got=f"two different rows with number {scan}",
+                wanted="a reader for each section of a datalist",
+                fix="Make a ScanReader, with a Quarantine, for each dataset.",
+            )
+        if scan in self._failed:
+            raise copy(self._failed[scan])
+        if scan in self._cache:
+            return self._cache[scan]
+        try:
+            return self.preprocessing.volume(row)
+        except ScanError as error:
+            self.refuse(scan, error)
+            raise
+
+    def _keep(self, scan: int, volume: Volume) -> None:
+        self._cache[scan] = volume
+        self._held += _bytes(volume)
 
 
 def _bytes(volume: Volume) -> int:

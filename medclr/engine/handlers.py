@@ -156,12 +156,11 @@ class ValidationLog:
     Args:
         metric: the metric attached to the evaluator.
         log_dir: where TensorBoard's files go.
-        step: gives the training step, or None for 0.
+        scheduler: the learning-rate schedule, which knows the training step; None for a validation by itself.
     """
 
-    def __init__(self, metric: EmbeddingMetric, log_dir: str | Path, step: Callable[[], int] | None = None) -> None:
-        self.metric, self.log_dir = metric, str(log_dir)
-        self.step = step if step is not None else lambda: 0
+    def __init__(self, metric: EmbeddingMetric, log_dir: str | Path, scheduler: LRScheduler | None = None) -> None:
+        self.metric, self.log_dir, self.scheduler = metric, str(log_dir), scheduler
 
     def attach(self, engine: Engine) -> None:
         """After each validation, on rank 0."""
@@ -170,14 +169,13 @@ class ValidationLog:
 
     def log(self, engine: Engine) -> None:
         """One line, and one point of each curve."""
+        step = self.scheduler.last_epoch if self.scheduler is not None else 0
         report = self.metric.report
         engine.state.metrics.update(report)
-        logger.info(
-            "held-out patients at step %d: %s", self.step(), ", ".join(f"{k} {v:.4g}" for k, v in report.items())
-        )
+        logger.info("held-out patients at step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items()))
         with SummaryWriter(self.log_dir) as writer:
             for name, value in report.items():
-                writer.add_scalar(f"validation/{name}", value, self.step())
+                writer.add_scalar(f"validation/{name}", value, step)
 
 
 class Progress:

@@ -5,6 +5,7 @@ Functions of a table of embeddings, and the ignite metric that collects such a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from medclr.draws import stable_seed
-from medclr.errors import DatalistError
+from medclr.errors import DatalistError, MedclrError
 
 
 def alignment(z_1: Tensor, z_2: Tensor) -> float:
@@ -48,11 +49,14 @@ def effective_rank(z: Tensor) -> float:
     The mean embedding is removed first, so that a common offset does not count as a direction.
 
     Args:
-        z: (N, D), normalised here.
+        z: (N, D), normalised here; NaN is given back for embeddings that are not finite.
     """
     unit = normalize(z.float(), dim=1)
+    if not bool(unit.isfinite().all()):
+        return math.nan
     values = torch.linalg.svdvals(unit - unit.mean(dim=0))
-    if float(values.sum()) <= 1e-6:
+    # Collapsed embeddings differ by rounding, which points everywhere and must not pass for many directions.
+    if float(values.norm()) <= 1e-5 * len(z) ** 0.5:
         return 1.0
     share = values / values.sum()
     return float(torch.special.entr(share).sum().exp())
@@ -141,6 +145,7 @@ class EmbeddingMetric(Metric):
 
     Raises:
         DatalistError: where nothing was collected, or ``key`` needs patients with two scans and there are none.
+        MedclrError: for embeddings that are not finite.
     """
 
     def __init__(
@@ -173,7 +178,15 @@ class EmbeddingMetric(Metric):
                 wanted="two or more",
                 fix="Give the validation section more scans, or set val_interval: 0.",
             )
-        self.report = embedding_report(torch.cat(self._embeddings), torch.cat(self._patients))
+        embeddings = torch.cat(self._embeddings)
+        if not bool(embeddings.isfinite().all()):
+            raise MedclrError(
+                "The embeddings are no numbers.",
+                got=f"NaN or infinity in {int((~embeddings.isfinite()).any(dim=1).sum())} of {len(embeddings)} scans",
+                wanted="finite features",
+                fix="Lower the learning rate, clip the gradient, or set precision: fp32.",
+            )
+        self.report = embedding_report(embeddings, torch.cat(self._patients))
         if self.key not in self.report:
             raise DatalistError(
                 f"{self.key} cannot be measured.",

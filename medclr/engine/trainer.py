@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from monai.engines import SupervisedTrainer
@@ -13,13 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from medclr import keys
+from medclr.engine.precision import Precision, autocast
 from medclr.engine.prepare import PrepareViews
 from medclr.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "fp16"]
 VIEWS = "views"
 """Key of the engine's output: all views of the batch."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ContrastiveTrainer(SupervisedTrainer):
@@ -60,10 +59,7 @@ class ContrastiveTrainer(SupervisedTrainer):
         clip_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in DTYPES:
-            raise ConfigError(
-                "The precision is unknown.", got=precision, wanted=", ".join(DTYPES), fix="precision: bf16"
-            )
+        autocast(device, precision)  # fails here if unknown
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(
                 "The gradient cannot be clipped to this norm.",
@@ -115,9 +111,7 @@ class ContrastiveTrainer(SupervisedTrainer):
         if first:
             engine.optimizer.zero_grad(set_to_none=True)
 
-        with torch.autocast(
-            torch.device(engine.state.device).type, DTYPES[self.precision], enabled=self.precision != "fp32"
-        ):
+        with autocast(engine.state.device, self.precision):
             output[CommonKeys.PRED] = engine.inferer(view_1, engine.network, *others, **kwargs)
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             results = engine.loss_function(output[CommonKeys.PRED], meta)

@@ -48,8 +48,8 @@ class ScanDataset(Dataset[dict[str, Any]]):
                 wanted="at least one row",
                 fix="Name a section of the datalist that holds scans.",
             )
-        reader.preload(self.rows)
-        bad = reader.quarantine.reasons()
+        reader.preload(self.rows, whole=True)
+        bad = reader.failed
         self.scans = [scan for scan in range(len(self.rows)) if scan not in bad]
         names = [str(row[keys.PATIENT_ID]) for row in self.rows]
         places = {name: place for place, name in enumerate(dict.fromkeys(names))}

@@ -94,6 +94,13 @@ def _loss_and_gradients(
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
         positives, ignored = table(rows)
+        if not positives.shape == ignored.shape == (len(queries[rows]), len(keys)):
+            raise ConfigError(
+                "A block of pairs does not fit the embeddings.",
+                got=f"positives {tuple(positives.shape)}, ignored {tuple(ignored.shape)}",
+                wanted=f"({len(queries[rows])}, {len(keys)})",
+                fix="Give a row for each query of the slice and a column for each key.",
+            )
         weights = positives.float().masked_fill(ignored, 0.0)
         mass = weights.sum(dim=1, keepdim=True)
         has = mass > 0
@@ -130,11 +137,11 @@ class NTXentLoss(nn.Module):
 
     def forward(self, z_1: Tensor, z_2: Tensor) -> Tensor:
         """Loss of N pairs: ``z_1`` and ``z_2`` are (N, D), row i of one and of the other a positive pair."""
-        if z_1.shape != z_2.shape:
+        if z_1.shape != z_2.shape or z_1.ndim != 2 or not len(z_1):
             raise ConfigError(
                 "The two views do not match.",
                 got=f"{tuple(z_1.shape)} and {tuple(z_2.shape)}",
-                wanted="two tensors of one shape (N, D)",
+                wanted="two tensors of one shape (N, D), N >= 1",
                 fix="Give row i of both to one sample.",
             )
         z = normalize(torch.cat([z_1, z_2]).float(), dim=1)
@@ -149,7 +156,7 @@ class NTXentLoss(nn.Module):
 
 def check_temperature(temperature: float) -> None:
     """Raise :class:`ConfigError` unless ``temperature`` is a finite number > 0."""
-    if not 0 < temperature < float("inf"):
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
         raise ConfigError(
             "The temperature is unusable.", got=temperature, wanted="a number > 0", fix="For example temperature: 0.1."
         )

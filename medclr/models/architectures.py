@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from medclr.errors import ConfigError
 from medclr.models.norms import norm_of
 
-_WRAPPERS = ("module", "_orig_mod", "encoder")
+WRAPPERS = ("module", "_orig_mod", "encoder")
 """Children that hold the network proper: of DDP, of torch.compile, and of FlexibleUNet, a method or a classifier."""
 
 
@@ -57,7 +57,7 @@ def find(network: nn.Module) -> tuple[str, nn.Module, str, Architecture]:
         for target, entry in ARCHITECTURES.items():
             if type(inner) in entry.classes:
                 return prefix, inner, target, entry
-        name = next((name for name in _WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)), None)
+        name = next((name for name in WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)), None)
         if name is None:
             raise ConfigError(
                 "This network's encoder is not known to medclr.",

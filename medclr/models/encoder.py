@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medclr.errors import ConfigError
-from medclr.models.architectures import ARCHITECTURES, describe, find
+from medclr.models.architectures import ARCHITECTURES, WRAPPERS, describe, find
 from medclr.models.norms import norm_of, with_norm
 
 POOLS: Final = ("avg", "avgmax")
@@ -24,10 +24,10 @@ class Encoder(nn.Module):
     network's key for key, and no parameter goes unused. The modules are shared with ``network``, not copied.
 
     A vector is the mean over space of the coarsest feature map. For SegResNet that map is the residual stream, with
-    neither norm nor activation behind it; it is pooled as it is, because that is what the decoder reads (its first layer
-    is a 1x1x1 convolution of this stream), and because a norm put behind it would be a parameter that the segmentation
-    network does not have. Its scale is therefore free: put a projector or a standardisation behind it. For ResNet the
-    map is that of ``layer4``, as for its own classifier. The mean is taken in fp32, also under autocast.
+    neither norm nor activation behind it; it is pooled as it is, because that is what the decoder reads (its first
+    layer is a 1x1x1 convolution of this stream), and because a norm put behind it would be a parameter that the
+    segmentation network does not have. Its scale is therefore free: put a projector or a standardisation behind it.
+    For ResNet the map is that of ``layer4``, as for its own classifier. The mean is taken in fp32, also under autocast.
 
     Args:
         network: ``SegResNet`` or ``ResNet`` (``resnet10``, ``resnet18``, ``resnet50``, ...) of ``monai.networks.nets``
@@ -46,6 +46,8 @@ class Encoder(nn.Module):
         torch.Size([2, 64])
     """
 
+    target: str
+    """Name of the network in ``ARCHITECTURES``."""
     in_channels: int
     """C of the images."""
     out_features: int
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
     stride: tuple[int, int, int]
     """Voxels of the image to one voxel of the coarsest feature map, along each axis."""
     architecture: dict[str, Any]
-    """``network`` (``_target_`` and constructor arguments), ``norm`` and ``pool``: what build_encoder needs, as JSON."""
+    """What build_encoder needs, as JSON values: ``network`` (``_target_`` and arguments), ``norm``, ``pool``."""
 
     def __init__(self, network: nn.Module, *, norm: object = None, pool: str = "avg") -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Encoder(nn.Module):
         for name, child in entry.children(inner).items():
             self.add_module(name, child)
         present = norm_of(self)
-        self._entry, self.pool = entry, pool
+        self.target, self.pool = target, pool
         self.architecture = {
             "network": describe(inner, target, entry),
             "norm": None if present is None else list(present),
@@ -76,7 +78,7 @@ class Encoder(nn.Module):
         self.in_channels = self.get_submodule(entry.first_convolution).in_channels  # type: ignore[assignment]
         self.channels, self.stride = entry.channels(inner), entry.stride(inner)
         self.out_features = self.channels[-1] * (2 if pool == "avgmax" else 1)
-        self._needs_extent = present is not None and present[0] == "instance"
+        self._norm = None if present is None else present[0]
         # Not self.train(), which would reach into the modules of a network that is in use.
         self.training = inner.training
 
@@ -109,14 +111,15 @@ class Encoder(nn.Module):
                 fix="Set in_channels to the number of sequences of a row of the datalist.",
             )
         coarsest = [-(-size // step) for size, step in zip(image.shape[2:], self.stride, strict=True)]
-        if self._needs_extent and max(coarsest) < 2:
+        alone = self._norm == "instance" or (self._norm == "batch" and self.training and len(image) == 1)
+        if alone and max(coarsest) < 2:
             raise ConfigError(
-                "The image is too small for this encoder: instance norm of a single voxel is zero.",
+                f"The image is too small for this encoder: {self._norm} norm has a single voxel to work on.",
                 got=f"{tuple(image.shape[2:])} voxels, {self.stride} of them to one of the coarsest map",
                 wanted=f"more than {min(self.stride)} voxels along some axis",
                 fix="Enlarge roi_size, or use an encoder with fewer levels.",
             )
-        return self._entry.maps(self, image)
+        return ARCHITECTURES[self.target].maps(self, image)
 
 
 def build_encoder(architecture: Mapping[str, Any]) -> Encoder:
@@ -132,7 +135,7 @@ def build_encoder(architecture: Mapping[str, Any]) -> Encoder:
     """
     settings = architecture.get("network")
     target = settings.get("_target_") if isinstance(settings, Mapping) else None
-    if not isinstance(settings, Mapping) or target not in ARCHITECTURES:
+    if not isinstance(settings, Mapping) or not isinstance(target, str) or target not in ARCHITECTURES:
         raise ConfigError(
             "This architecture is not one that medclr builds.",
             got=repr(target),
@@ -170,8 +173,5 @@ def find_encoder(network: nn.Module) -> Encoder:
     while isinstance(inner, nn.Module):
         if isinstance(inner, Encoder):
             return inner
-        inner = next((child for name, child in inner.named_children() if name in _HOLDERS), None)
+        inner = next((child for name, child in inner.named_children() if name in WRAPPERS), None)
     return Encoder(network)
-
-
-_HOLDERS = ("module", "_orig_mod", "encoder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 from torch import Tensor, nn
@@ -55,24 +56,22 @@ class Projector(nn.Module):
             raise ConfigError(
                 "Unknown norm for a projector.", got=repr(norm), wanted=", ".join(HEAD_NORMS), fix="Set norm: batch."
             )
-        self.in_features, self.out_features, self.norm = in_features, out_features, norm
+        self.in_features, self.out_features = in_features, out_features
         widths = [in_features, *[hidden] * (layers - 1), out_features]
         steps: list[nn.Module] = []
-        for index, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             last = index == layers - 1
             normed = norm != "none" and (last_norm or not last)
-            # The norm's shift takes the place of the bias, or, behind the last layer, takes it away again.
-            steps.append(nn.Linear(fan_in, fan_out, bias=not normed))
-            if normed:
-                kind = (
-                    nn.BatchNorm1d(fan_out, affine=not last)
-                    if norm == "batch"
-                    else nn.LayerNorm(fan_out, elementwise_affine=not last)
-                )
-                steps.append(kind)
+            # Batch norm takes the mean away, and a bias with it.
+            steps.append(nn.Linear(fan_in, fan_out, bias=not (normed and norm == "batch")))
+            if normed and norm == "batch":
+                steps.append(nn.BatchNorm1d(fan_out, affine=not last))
+            elif normed:
+                steps.append(nn.LayerNorm(fan_out, elementwise_affine=not last))
             if not last:
                 steps.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*steps)
+        self._compares = any(isinstance(step, nn.BatchNorm1d) for step in steps)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F) to embeddings (B, D), not normalised.
@@ -80,7 +79,7 @@ class Projector(nn.Module):
         Raises:
             ConfigError: for a batch of one sample in training, where batch norm has nothing to compare.
         """
-        if self.training and self.norm == "batch" and len(features) < 2:
+        if self._compares and self.training and len(features) < 2:
             raise ConfigError(
                 "A projector with batch norm cannot train on a single sample.",
                 got=f"a batch of {len(features)}",

@@ -133,7 +133,7 @@ def with_norm(network: Network, norm: object) -> Network:
         if present is None:
             continue
         channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
-        new = get_norm_layer(norm_argument(norm, int(channels)), spatial_dims=3, channels=channels)  # type: ignore[arg-type]
+        new = get_norm_layer(norm_argument(norm, int(channels)), spatial_dims=3, channels=channels)
         if describe_norm(new) == present:
             continue
         like = next(layer.parameters(), next(network.parameters()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -48,7 +49,7 @@ class PatientPairDataset(Dataset[Item]):
         crop: where the two crops are read.
         reader: reads, caches and quarantines scans.
         seed: the run's seed.
-        preload: read every scan once now, so that what is bad is known, and what fits is in memory, before training.
+        preload: read scans now until the reader's cache is full, so that what is bad is known before training.
 
     Raises:
         DatalistError: for fewer than two patients: there would be nothing to contrast with.
@@ -124,11 +125,12 @@ class PatientPairDataset(Dataset[Item]):
 
     def __getitem__(self, index: int | tuple[int, int, int]) -> Item:
         """The item of patient ``index``, or of (patient, epoch, occurrence)."""
-        place, epoch, occurrence = (index, self.epoch, 0) if isinstance(index, int) else index
+        place, epoch, occurrence = index if isinstance(index, tuple) else (index, self.epoch, 0)
+        place = range(len(self.patients))[place]
         key = draw_key(self.seed, epoch, place, occurrence, 0)
         random = generator(key, "pair")
         sample = place + occurrence * len(self.patients)
-        for patient in (place, *random.permutation(len(self.patients)).tolist()):
+        for patient in self._candidates(place, random):
             scans = list(self.patients[patient])
             while scans:
                 first, second = self.rule([self.rows[scan] for scan in scans], random)
@@ -151,18 +153,22 @@ class PatientPairDataset(Dataset[Item]):
             fix="See the quarantine file for the reasons.",
         )
 
+    def _candidates(self, place: int, random: np.random.Generator) -> Iterator[int]:
+        yield place
+        yield from random.permutation(len(self.patients)).tolist()
+
     def _crops(self, scans: tuple[int, int], key: Tensor) -> tuple[Crop, Crop]:
-        volumes = []
-        for scan in scans:
+        volumes: dict[int, Volume] = {}
+        for scan in dict.fromkeys(scans):
             try:
-                volumes.append(self.reader.read(scan, self.rows[scan]))
+                volumes[scan] = self.reader.read(scan, self.rows[scan])
             except ScanError as error:
                 raise _Unusable(scan) from error
         try:
-            return self.crop(volumes[0], volumes[1], key)
+            return self.crop(volumes[scans[0]], volumes[scans[1]], key)
         except ScanError as error:
             # Which of the two the crop rule refused shows when each is cropped with itself.
-            for scan, volume in zip(scans, volumes, strict=True):
+            for scan, volume in volumes.items():
                 try:
                     self.crop(volume, volume, key)
                 except ScanError as alone:

@@ -29,7 +29,7 @@ class PatientSampler(DistributedSampler[Item]):
         rank: this rank; asked of the process group if None.
 
     Raises:
-        ConfigError: for ``passes`` below 1.
+        ConfigError: for ``passes`` that are no whole number >= 1.
     """
 
     def __init__(
@@ -41,8 +41,10 @@ class PatientSampler(DistributedSampler[Item]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        if passes < 1:
-            raise ConfigError("An epoch would be empty.", got=f"passes {passes}", wanted=">= 1", fix="Set passes: 1.")
+        if not isinstance(passes, int) or passes < 1:
+            raise ConfigError(
+                "The number of passes is unusable.", got=passes, wanted="a whole number >= 1", fix="Set passes: 1."
+            )
         super().__init__(
             cast("Dataset[Item]", dataset),
             num_replicas=distributed.world_size() if num_replicas is None else num_replicas,

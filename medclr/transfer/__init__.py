@@ -1,1 +1,17 @@
+"""Pretrained encoders at work: what downstream bundles need beside MONAI."""
 
+from medclr.transfer.checkpoint import Settings, load_network
+from medclr.transfer.finetune import FreezeEncoder, checked_roi, initialise
+from medclr.transfer.inferers import AutocastInferer, needs_scaler
+from medclr.transfer.scans import SegmentationDataset
+
+__all__ = [
+    "AutocastInferer",
+    "FreezeEncoder",
+    "SegmentationDataset",
+    "Settings",
+    "checked_roi",
+    "initialise",
+    "load_network",
+    "needs_scaler",
+]

@@ -1,9 +1,10 @@
 """Rotation, scale, shift, flip and the cut to the view's size, composed into one resampling, in millimetres.
 
-A view is a grid of voxels laid into the scan. In the axes of the crop, a view voxel that lies ``o`` millimetres from the
-view's centre is read ``R S F o + t`` millimetres from the same place in the crop: F flips, S shrinks the grid by the
-scale, R rotates it, t shifts it. With D the diagonal of the voxel spacing, voxel indices go through ``D^-1 R S F D``, so
-a rotation stays a rotation where slices are thick. The axes of a crop are taken to be perpendicular.
+A view is a grid of voxels laid into the scan. In the axes of the crop, a view voxel that lies ``o`` millimetres from
+the view's centre is read ``R S F o + t`` millimetres from the same place in the crop: F flips, S shrinks the grid by
+the scale, R rotates it, t shifts it. With D the diagonal of the voxel spacing, voxel indices go through
+``D^-1 R S F D``, so a rotation stays a rotation where slices are thick. The axes of a crop are taken to be
+perpendicular.
 """
 
 from __future__ import annotations
@@ -76,14 +77,15 @@ class RandomSpatial:
         self.scale = read_positive_range(self, "scale", scale)
         self.anisotropic = bool(anisotropic)
         self.translation = read_triple(self, "translation", translation)
-        if not isinstance(flip, Sequence):
+        if not isinstance(flip, Sequence) or len(flip) != 3:
             raise ConfigError(
                 "RandomSpatial cannot use its setting 'flip'.",
                 got=flip,
                 wanted="three truth values or probabilities, one an axis",
                 fix="Write flip=(True, False, False) to flip along the first axis in half of the views.",
             )
-        self.flip = read_triple(self, "flip", [one * 0.5 if isinstance(one, bool) else one for one in flip], maximum=1.0)
+        halves = tuple(0.5 if one is True else 0 if one is False else one for one in flip)
+        self.flip = read_triple(self, "flip", halves, maximum=1.0)
         self.probability = read_probability(self, probability)
 
     def read_size(self, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[int, int, int]:
@@ -93,7 +95,7 @@ class RandomSpatial:
             spacing: voxel spacing of the crop in millimetres, one number an axis.
 
         Returns:
-            Voxels along each axis, at least the size of the view. The bound is close, not the very smallest.
+            Voxels along each axis, at least the size of the view, as few as will do.
 
         Raises:
             ConfigError: the spacing is not three positive numbers.
@@ -111,10 +113,7 @@ class RandomSpatial:
         # The grid shrinks as the anatomy grows; a sample that the probability spares keeps a scale of 1.
         widest = 1 / min(self.scale[0], 1.0) if self.probability < 1 else 1 / self.scale[0]
         reach = [(n - 1) / 2 * d * widest for n, d in zip(self.size, step, strict=True)]
-        # The rotations act on the box that bounds the view in the order z, y, x; each turns two of its sides.
-        for axis, (a, b) in ((2, (0, 1)), (1, (0, 2)), (0, (1, 2))):
-            limit = math.radians(self.rotation[axis])
-            reach[a], reach[b] = _turned(reach[a], reach[b], limit), _turned(reach[b], reach[a], limit)
+        reach = _reach(reach, [math.radians(angle) for angle in self.rotation])
         margins = [
             math.ceil((r + t) / d - (n - 1) / 2 - _TOLERANCE / 2)
             for r, t, d, n in zip(reach, self.translation, step, self.size, strict=True)
@@ -123,7 +122,7 @@ class RandomSpatial:
         return x, y, z
 
     def make_params(self, keys: Tensor, place: str) -> Params:
-        """Draw for each key (B, 5): ``rotation`` (degrees), ``scale``, ``translation`` (mm) and ``flip``, all (B, 3)."""
+        """Draw ``rotation`` (degrees), ``scale``, ``translation`` (mm), ``flip``; each (B, 3), for each key (B, 5)."""
         purpose = f"{place}/RandomSpatial"
         active = draw_active(keys, purpose, self.probability)[:, None]
         either_way = draws.uniform(keys, f"{purpose}/rotation", 3) * 2 - 1
@@ -157,24 +156,20 @@ class RandomSpatial:
             )
         turned = (params["rotation"] != 0) | (params["scale"] != 1) | (params["translation"] != 0)
         rows = turned.any(dim=1).nonzero().squeeze(1)
-        view = None if len(rows) == len(turned) else self._cut(crop, params)
-        if len(rows) == 0 and view is not None:
+        if len(rows) == len(turned):
+            return self._resample(crop, params)
+        view = self._cut(crop, params)
+        if len(rows) == 0:
             return view
-        resampled = self._resample(*((crop, params) if view is None else (_rows_of(crop, rows), _chosen(params, rows))))
-        if view is None:
-            return resampled
-        there = rows.to(view.image.device)
-        return view._replace(
-            image=view.image.index_copy(0, there, resampled.image),
-            affine=view.affine.index_copy(0, there, resampled.affine),
-            valid=view.valid.index_copy(0, there, resampled.valid),
-        )
+        chosen = Crop(*(tensor[rows.to(tensor.device)] for tensor in crop))
+        part = self._resample(chosen, {name: drawn[rows] for name, drawn in params.items()})
+        return View(*(old.index_copy(0, rows.to(old.device), new) for old, new in zip(view, part, strict=True)))
 
     def _cut(self, crop: Crop, params: Params) -> View:
         """The middle of each crop, flipped where drawn, without interpolation."""
         start = self._start(crop)
         x, y, z = (slice(first, first + n) for first, n in zip(start.tolist(), self.size, strict=True))
-        low, high = (crop.inside[:, end] - start for end in (0, 1))
+        low, high = (crop.inside[:, end].cpu() - start for end in (0, 1))
         valid = torch.ones(len(crop.image), 1, *self.size, dtype=torch.bool)
         for axis, n in enumerate(self.size):
             index = torch.arange(n)
@@ -238,8 +233,10 @@ class RandomSpatial:
         return valid
 
     def _points(self, matrix: Tensor, origin: Tensor) -> Tensor:
-        """Where each voxel of the view is read: (B, 3, *size) float32, contiguous, which is 20 times as fast here as
-        with the coordinate last, where ``grid_sample`` expects it."""
+        """Where each voxel of the view is read: (B, 3, *size) float32.
+
+        Contiguous, as writing coordinates side by side, the way ``grid_sample`` names them, takes many times longer.
+        """
         x, y, z = (torch.arange(n, device=matrix.device) for n in self.size)
         along_x = (origin[:, :, None] + matrix[:, :, 0, None] * x).float()[:, :, :, None, None]
         along_y = (matrix[:, :, 1, None] * y).float()[:, :, None, :, None]
@@ -264,15 +261,23 @@ def _linear(params: Params) -> Tensor:
     return turns * (torch.where(params["flip"], -1.0, 1.0).double() / params["scale"].double())[:, None, :]
 
 
-def _turned(along: float, across: float, limit: float) -> float:
-    """How far a box reaches along one axis after any turn up to ``limit`` radians towards another."""
-    angle = min(limit, math.atan2(across, along))
-    return along * math.cos(angle) + across * math.sin(angle)
+def _reach(half: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """How far along each axis a box of these half sides can reach when turned about z, y, then x up to these limits."""
+    steps = torch.linspace(0, limits[2], 1000, dtype=torch.float64)
+    cosine, sine = steps.cos(), steps.sin()
+    reach = [0.0, 0.0, 0.0]
+    for corner in (1, -1):
+        # About z in small steps; the best turns about y and x are then known, as each moves a corner in one plane.
+        x, y = (cosine * half[0] - corner * sine * half[1]).abs(), (sine * half[0] + corner * cosine * half[1]).abs()
+        z = _turned(torch.full_like(x, half[2]), x, limits[1])
+        ends = (_turned(x, torch.full_like(x, half[2]), limits[1]), _turned(y, z, limits[0]), _turned(z, y, limits[0]))
+        reach = [max(known, float(end.max())) for known, end in zip(reach, ends, strict=True)]
+    # No corner moves further than this between a step and the nearest one looked at.
+    between = limits[2] / (len(steps) - 1) / 2 * math.hypot(half[0], half[1])
+    return [reach[0] + between, reach[1] + between, reach[2] + between * (limits[0] + limits[1] > 0)]
 
 
-def _rows_of(crop: Crop, rows: Tensor) -> Crop:
-    return Crop(*(tensor[rows.to(tensor.device)] for tensor in crop))
-
-
-def _chosen(params: Params, rows: Tensor) -> Params:
-    return {name: drawn[rows] for name, drawn in params.items()}
+def _turned(along: Tensor, across: Tensor, limit: float) -> Tensor:
+    """How far points reach along one axis after any turn up to ``limit`` radians, towards the other axis or away."""
+    angle = torch.atan2(across, along).clamp(max=limit)
+    return along * angle.cos() + across * angle.sin()

@@ -1,0 +1,5 @@
+"""``python -m medclr`` is ``medclr``."""
+
+from medclr.cli import main
+
+main()

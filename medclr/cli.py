@@ -1,0 +1,190 @@
+"""The command line: thin commands around the package's functions.
+
+What is slow to import is imported by the command that needs it, so that ``medclr --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medclr.errors import ConfigError, MedclrError
+
+if TYPE_CHECKING:
+    from medclr.data.datalist import Datalist
+
+app = typer.Typer(
+    help="Contrastive pretraining of 3D encoders on unlabelled scans, for MONAI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_state = {"debug": False}
+
+
+def main() -> None:
+    """Run the command line. An error that medclr raises on purpose ends with its own lines and exit code 2."""
+    try:
+        app()
+    except MedclrError as error:
+        if _state["debug"]:
+            raise
+        Console(stderr=True, soft_wrap=True).print(Text(str(error), style="red"))
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"medclr {version('medclr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command("index")
+def index_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of scans (NIfTI); searched downwards.")],
+    patients: Annotated[
+        str,
+        typer.Option(
+            help="Whose scan a file is: a table (CSV, TSV) or a pattern such as '{patient}/{study}_*.nii.gz'."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The datalist; quarantine.json goes beside it.")],
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Where labels lie, e.g. '{folder}/labelsTr/{name}'; found by folder names if left out."),
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Index only these, e.g. 'imagesTr/*'.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A further table of columns, by volume or by patient.")] = None,
+    volume_column: Annotated[str | None, typer.Option(help="The table's column of volumes.")] = None,
+    patient_column: Annotated[str | None, typer.Option(help="The table's column of patients.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if left out.")] = None,
+    check_voxels: Annotated[bool, typer.Option(help="Read every voxel once: constants, NaN, duplicates.")] = True,
+) -> None:
+    """Turn a folder of scans into a datalist; what cannot be used is listed with its reason."""
+    from medclr.data.index import QUARANTINE_FILE, index
+
+    result = index(
+        folder,
+        patients=patients,
+        labels=labels,
+        images=images,
+        table=table,
+        volume_column=volume_column,
+        patient_column=patient_column,
+        workers=workers,
+        check_voxels=check_voxels,
+        progress=True,
+    )
+    result.write(output)
+    _print_summary(result.summary)
+    print(f"Wrote {output} and {output.with_name(QUARANTINE_FILE)}")
+
+
+@app.command("split")
+def split_command(
+    datalist: Annotated[Path, typer.Argument(help="The datalist to split.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The datalist to write, or the start of its name.")],
+    fractions: Annotated[
+        str | None, typer.Option(help="Of the patients: training,validation,test, e.g. 0.7,0.15,0.15 (the default).")
+    ] = None,
+    folds: Annotated[int | None, typer.Option(help="Cross-validation instead: writes NAME.fold0.json, ...")] = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write NAME.labelled1.json, ..., whose training section has the labelled scans of so many "
+            "patients, e.g. 1,3,10 or 0.1. A datalist that is split already keeps its sections."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Any whole number.")] = 0,
+    stratify: Annotated[
+        str | None, typer.Option(help="Spread the values of these columns evenly, e.g. sex,age.")
+    ] = None,
+    dataset_dir: Annotated[Path | None, typer.Option("--dataset_dir", help="Where the scans lie, if moved.")] = None,
+) -> None:
+    """Split a datalist by patient."""
+    from medclr.data.datalist import read_datalist, write_datalist
+    from medclr.data.splits import make_splits
+
+    made = make_splits(
+        read_datalist(datalist, dataset_dir),
+        fractions=None if fractions is None else _numbers(fractions, "--fractions"),
+        folds=folds,
+        labelled=() if labelled is None else _numbers(labelled, "--labelled"),
+        seed=seed,
+        stratify=None if stratify is None else [column.strip() for column in stratify.split(",")],
+    )
+    suffix = output.suffix or ".json"
+    paths = {name: output.with_name(".".join(filter(None, [output.stem, name])) + suffix) for name in made}
+    for name, part in made.items():
+        write_datalist(part, paths[name])
+    _print_sections({paths[name].name: part for name, part in made.items()})
+
+
+def _numbers(text: str, option: str) -> list[int | float]:
+    try:
+        return [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} is no list of numbers.",
+            got=repr(text),
+            wanted="numbers with commas between",
+            fix=f"{option} 1,3",
+        ) from error
+
+
+def _print_sections(datalists: dict[str, Datalist]) -> None:
+    table = Table("file", "section", "patients", "scans", "labelled")
+    for name, datalist in datalists.items():
+        for section, counts in datalist.summary().items():
+            table.add_row(name, section, *(str(counts[key]) for key in ("patients", "scans", "labelled")))
+    Console().print(table)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table("what", "how many", title="Index")
+    low, high = summary["spacing_mm"]
+    smallest, largest = summary["shape"]
+    texts = {
+        "patients": summary["patients"],
+        "scans": summary["scans"],
+        "labelled scans": summary["labelled"],
+        "scans a patient": _listed(summary["scans_per_patient"], "{} patient(s) with {}"),
+        "spacing (mm)": f"{_times(low)} to {_times(high)}",
+        "shape": f"{_times(smallest)} to {_times(largest)}",
+        "voxel types": _listed(summary["dtypes"], "{1}: {0}"),
+        "quarantined": sum(summary["quarantined"].values()),
+        **{f"  {problem}": count for problem, count in summary["quarantined"].items()},
+        "other files": summary["other_files"],
+        "left out by --images": summary["left_out"],
+        "table rows without a scan": summary["unused_table_rows"],
+        "scans without a table row": summary["without_table_row"],
+    }
+    for what, text in texts.items():
+        table.add_row(what, str(text))
+    Console().print(table)
+
+
+def _listed(counts: dict[Any, int], form: str) -> str:
+    return ", ".join(form.format(count, key) for key, count in counts.items())
+
+
+def _times(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)

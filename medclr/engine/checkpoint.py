@@ -1,0 +1,46 @@
+"""What a run leaves behind: the encoder's weights with their manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ignite.engine import Engine, Events
+
+from medclr import distributed
+from medclr.errors import ConfigError
+from medclr.models import Encoder
+from medclr.weights import Manifest, save_encoder
+
+
+class SaveEncoder:
+    """Save the encoder every few epochs and at the end, in place of the one before, on rank 0.
+
+    Args:
+        path: a name that ends in ``.safetensors``.
+        encoder: whose weights.
+        manifest: what travels with them; steps and epochs are filled in.
+        interval: epochs between two saves; 0 saves at the end alone.
+
+    Raises:
+        ConfigError: for a negative interval.
+    """
+
+    def __init__(self, path: str | Path, encoder: Encoder, manifest: Manifest, *, interval: int = 0) -> None:
+        if interval < 0:
+            raise ConfigError(
+                "The save interval is unusable.", got=interval, wanted=">= 0 epochs", fix="Set save_interval: 10."
+            )
+        self.path, self.encoder, self.manifest, self.interval = Path(path), encoder, manifest, interval
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer."""
+        if distributed.rank() == 0:
+            if self.interval:
+                engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+            engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        """Write the file."""
+        done = dataclasses.replace(self.manifest, steps=engine.state.iteration, epochs=engine.state.epoch)
+        save_encoder(self.path, self.encoder, done)

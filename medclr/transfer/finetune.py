@@ -1,0 +1,109 @@
+"""From a pretrained encoder to a network that is fine-tuned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ignite.engine import Engine, Events
+from torch import nn
+
+from medclr.data.crops import checked_size
+from medclr.errors import ConfigError, WeightsError
+from medclr.models import find_encoder
+from medclr.weights import load_encoder
+
+logger = logging.getLogger(__name__)
+
+
+def initialise(network: nn.Module, pretrained: str | Path | None = None) -> nn.Module:
+    """Put pretrained weights into a network's encoder, all of it, and print the coverage; or leave it as it is.
+
+    Args:
+        network: a supported MONAI network, or what holds one.
+        pretrained: a file that :func:`medclr.load_encoder` reads, or None for a start from scratch.
+
+    Returns:
+        The network itself.
+
+    Raises:
+        WeightsError: for a file that is not there, cannot be read, or does not fill the whole encoder.
+    """
+    if pretrained is None:
+        logger.info("no pretrained weights: training starts from scratch")
+        return network
+    if not Path(pretrained).is_file():
+        raise WeightsError(
+            "The pretrained weights are not there.",
+            got=str(pretrained),
+            wanted="the file of an encoder, such as models/encoder.safetensors",
+            fix="Correct pretrained, or set it to null for a start from scratch.",
+        )
+    load_encoder(pretrained, into=network)
+    return network
+
+
+class FreezeEncoder:
+    """Keep the encoder as it is for the first steps, while the fresh decoder learns to read it.
+
+    A fresh decoder sends large and arbitrary gradients into a pretrained encoder (arXiv:2202.10054). The optimizer must
+    hold the encoder's parameters from the start: those that have no gradient are skipped by it, without decay.
+
+    Args:
+        network: a supported MONAI network, or what holds one.
+        steps: iterations for which the encoder is frozen; 0 never freezes it.
+
+    Raises:
+        ConfigError: for a negative number of steps, or a network without a supported encoder.
+    """
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        if steps < 0:
+            raise ConfigError("The freeze is unusable.", got=steps, wanted=">= 0 steps", fix="Set freeze_steps: 0.")
+        self.steps = steps
+        self.parameters = [p for p in find_encoder(network).parameters() if p.requires_grad]
+
+    def attach(self, engine: Engine) -> None:
+        """Decide before each iteration, by its number alone, so that a resumed run does the same."""
+        if self.steps:
+            engine.add_event_handler(Events.ITERATION_STARTED, self.decide)
+            engine.add_event_handler(Events.COMPLETED, self.release)
+
+    def decide(self, engine: Engine) -> None:
+        """Freeze or thaw the encoder for this iteration."""
+        trainable = engine.state.iteration > self.steps
+        if self.parameters[0].requires_grad != trainable:
+            for parameter in self.parameters:
+                parameter.requires_grad_(trainable)
+                parameter.grad = None
+            logger.info("step %d: the encoder is %s", engine.state.iteration, "trained" if trainable else "frozen")
+
+    def release(self, engine: Engine) -> None:
+        """Leave the network trainable, also where the run was shorter than the freeze."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def checked_roi(roi_size: Sequence[int], network: nn.Module) -> tuple[int, int, int]:
+    """The window as a tuple, if the network can take it.
+
+    Args:
+        roi_size: voxels (X, Y, Z).
+        network: a supported MONAI network, or what holds one.
+
+    Raises:
+        ConfigError: unless each edge is a multiple of the encoder's stride, and larger than it.
+    """
+    size = checked_size("roi_size", roi_size)
+    stride = find_encoder(network).stride
+    if any(edge % step or edge <= step for edge, step in zip(size, stride, strict=True)):
+        fitting = [max(2, -(-edge // step)) * step for edge, step in zip(size, stride, strict=True)]
+        raise ConfigError(
+            "The network cannot take windows of this size.",
+            got=f"roi_size {list(size)}",
+            wanted=f"multiples of {list(stride)}, and larger than that",
+            fix=f"For example roi_size: {fitting}.",
+        )
+    x, y, z = size
+    return x, y, z

@@ -1,0 +1,167 @@
+"""Scans with their masks, preprocessed once and kept in memory, for training, validation and inference downstream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from medclr import keys
+from medclr.data import Preprocessing, Quarantine
+from medclr.errors import DatalistError, ScanError, find_cause
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+
+
+class SegmentationDataset(Dataset[Any]):
+    """One item a scan that can be used: those without a mask are left out, those that cannot be read are quarantined.
+
+    Every scan is read once at construction, so that what is bad is known before training starts; what fits is kept.
+    Masks are read where ``preprocessing`` loads ``label``.
+
+    Args:
+        data: rows of one section of a datalist.
+        preprocessing: how a scan is loaded and normalised.
+        transform: random augmentation of an item, or None.
+        in_channels: sequences that a scan must have.
+        out_channels: classes that a mask may hold, with the background; needed where masks are read.
+        quarantine: where scans that fail are recorded.
+        cache_mb: how many megabytes of preprocessed scans to keep.
+        may_be_empty: whether a section without rows, or without masks, is no error but a data set of length 0.
+
+    Raises:
+        DatalistError: for no rows, no row with a mask, no scan that can be used, or no mask with any foreground.
+
+    Items are dictionaries with ``image`` (C, X, Y, Z) float32 and, with masks, ``label`` (1, X, Y, Z) int16, both
+    MetaTensors that know the way back to the scan's own grid, and ``scan``, the row's place in ``data``; or whatever
+    ``transform`` makes of that.
+
+    Example:
+        >>> masked = Preprocessing(load=["image", "label"])
+        >>> SegmentationDataset(datalist.training, masked, in_channels=1, out_channels=3)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        preprocessing: Preprocessing,
+        transform: Callable[[Item], Any] | None = None,
+        *,
+        in_channels: int = 1,
+        out_channels: int | None = None,
+        quarantine: Quarantine | None = None,
+        cache_mb: float = 2048,
+        may_be_empty: bool = False,
+    ) -> None:
+        self.rows, self.preprocessing, self.transform = list(data), preprocessing, transform
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.quarantine = quarantine if quarantine is not None else Quarantine()
+        self.masked = keys.LABEL in preprocessing.load
+        self.scans: list[int] = []
+        self._cache: dict[int, Item] = {}
+        chosen = [n for n, row in enumerate(self.rows) if not self.masked or row.get(keys.LABEL) is not None]
+        self.without_mask = len(self.rows) - len(chosen)
+        if not chosen and may_be_empty:
+            return
+        if not chosen:
+            raise DatalistError(
+                "There is no scan to segment." if not self.masked else "No scan has a mask.",
+                got=f"{len(self.rows)} rows, none of them with {keys.LABEL}" if self.rows else "an empty section",
+                wanted="at least one row" + (f" with the path of a mask under {keys.LABEL}" if self.masked else ""),
+                fix="Index the folder with its labels, or name another section of the datalist.",
+            )
+        self._read_all(chosen, cache_mb * 2**20)
+        for line in self.summary().splitlines():
+            logger.info(line)
+
+    def __len__(self) -> int:
+        """Number of usable scans."""
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> Any:
+        """One scan, augmented if there is a transform."""
+        scan = self.scans[index]
+        # A clone, because transforms write their trace into the MetaTensor that they are given.
+        kept = self._cache.get(scan)
+        item = (
+            self._load(scan) if kept is None else {k: v.clone() if torch.is_tensor(v) else v for k, v in kept.items()}
+        )
+        return item if self.transform is None else self.transform(item)
+
+    def summary(self) -> str:
+        """Scans used, left out and quarantined, in plain lines."""
+        patients = len({str(self.rows[scan].get(keys.PATIENT_ID)) for scan in self.scans})
+        lines = [f"{len(self.scans)} scans of {patients} patients in use"]
+        if self.without_mask:
+            lines.append(f"{self.without_mask} scans left out: they have no mask")
+        bad = self.quarantine.reasons()
+        if bad:
+            lines.append(f"{len(bad)} scans quarantined")
+        return "\n".join(lines)
+
+    def _read_all(self, chosen: Sequence[int], room: float) -> None:
+        foreground = False
+        for scan in tqdm(chosen, desc="reading scans", unit="scan", leave=False):
+            try:
+                item = self._load(scan)
+            except ScanError as error:
+                self.quarantine.add(scan, error)
+                continue
+            self.scans.append(scan)
+            if self.masked:
+                foreground = foreground or bool((item[keys.LABEL] > 0).any())
+            room -= sum(value.numel() * value.element_size() for value in item.values() if torch.is_tensor(value))
+            if room >= 0:
+                self._cache[scan] = item
+        if not self.scans:
+            first = next(iter(self.quarantine.reasons().values()))
+            raise DatalistError(
+                "No scan of the section can be used.",
+                got=f"{len(chosen)} scans, the first: {first}",
+                wanted="at least one readable 3D scan" + (" with its mask" if self.masked else ""),
+                fix="Check the datalist and the folder that it points to.",
+            )
+        if self.masked and not foreground:
+            raise DatalistError(
+                "All masks are empty.",
+                got=f"{len(self.scans)} masks in which every voxel is 0",
+                wanted="at least one voxel of a class above 0",
+                fix="Check that label names the masks, and that they were exported with their classes.",
+            )
+
+    def _load(self, scan: int) -> Item:
+        try:
+            done = self.preprocessing(dict(self.rows[scan]))
+        except Exception as error:  # MONAI wraps what a transform raises
+            cause = find_cause(error)
+            if cause is None:
+                raise
+            raise cause from None
+        image: MetaTensor = done[keys.IMAGE]
+        if image.shape[0] != self.in_channels:
+            raise ScanError(
+                "A scan has another number of sequences than the network takes.",
+                got=image.shape[0],
+                wanted=self.in_channels,
+                fix=f"Set in_channels: {image.shape[0]} if all scans are like this one.",
+            )
+        item: Item = {keys.IMAGE: image, keys.SCAN: scan}
+        if self.masked:
+            label = done[keys.LABEL]
+            highest = int(label.max())
+            if self.out_channels is not None and highest >= self.out_channels:
+                raise ScanError(
+                    "A mask holds a class that the network does not have.",
+                    got=f"class {highest}",
+                    wanted=f"classes 0 to {self.out_channels - 1}",
+                    fix=f"Set out_channels: {highest + 1} (the background counts), or correct the mask.",
+                )
+            item[keys.LABEL] = label.to(torch.int16)
+        return item

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.networks.nets import SegResNet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from medclr import load_encoder
+from medclr.errors import MedclrError, find_cause
+from medclr.models import norm_argument
+from medclr.weights import read_manifest
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "contrastive_pretraining"
+CONFIGS = BUNDLE / "configs"
+SETTINGS: dict[str, Any] = {
+    "bundle_root": str(BUNDLE),
+    "roi_size": [16, 16, 16],
+    "init_filters": 8,
+    "batch_size": 2,
+    "passes": 2,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "save_interval": 1,
+    "log_interval": 1,
+    "device": "$torch.device('cpu')",
+}
+
+
+def write_datalist(rows: list[dict[str, Any]], folder: Path, training: int) -> Path:
+    """The first rows for training; the rest serve as validation and, as copies of other patients, as test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    local: list[dict[str, Any]] = []
+    for row in rows:
+        image = folder / Path(row["image"]).name
+        shutil.copy(row["image"], image)
+        local.append({"image": image.name, "patient_id": row["patient_id"]})
+    test = []
+    for row in local[training:]:
+        copy = f"test_{row['image']}"
+        shutil.copy(folder / row["image"], folder / copy)
+        test.append({"image": copy, "patient_id": f"test {row['patient_id']}"})
+    path = folder / "datalist.json"
+    path.write_text(json.dumps({"training": local[:training], "validation": local[training:], "test": test}))
+    return path
+
+
+def workflow(configs: list[str], kind: str, **settings: Any) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(CONFIGS / name) for name in configs],
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=str(CONFIGS / "logging.conf"),
+        workflow_type=kind,
+        **{**SETTINGS, **settings},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(_cohort_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The datalist and the output folder of one short run through the bundle."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    datalist, output = write_datalist(_cohort_rows, folder / "data", training=6), folder / "output"
+    run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(output))
+    run.initialize()
+    run.run()
+    run.finalize()
+    return datalist, output
+
+
+def test_a_run_leaves_an_encoder_that_fits_a_segmentation_network(trained: tuple[Path, Path]) -> None:
+    _, output = trained
+    network = SegResNet(init_filters=8, norm=norm_argument("instance"), out_channels=3)
+    assert load_encoder(output / "encoder.safetensors", into=network).fraction == 1.0
+
+
+def test_the_manifest_says_how_the_weights_were_made(trained: tuple[Path, Path]) -> None:
+    manifest = read_manifest(trained[1] / "encoder.safetensors")
+    assert manifest.method == "SimCLR"
+    assert manifest.steps == 6
+    assert manifest.epochs == 2
+    assert manifest.patients == 3
+    assert manifest.scans == 6
+    assert manifest.crop_size == [16, 16, 16]
+    assert manifest.preprocessing is not None
+    assert manifest.preprocessing["orientation"] == "RAS"
+    assert manifest.datalist_digest
+
+
+def test_the_checkpoint_holds_method_optimizer_schedule_and_scaler(trained: tuple[Path, Path]) -> None:
+    state = torch.load(trained[1] / "checkpoint.pt", weights_only=True)
+    assert set(state) == {"method", "optimizer", "lr_scheduler", "trainer"}
+    assert "grad_scaler" in state["trainer"]
+
+
+def test_tensorboard_has_losses_metrics_learning_rate_and_both_views(trained: tuple[Path, Path]) -> None:
+    events = EventAccumulator(str(trained[1] / "tensorboard"))
+    events.Reload()
+    scalars, images = set(events.Tags()["scalars"]), set(events.Tags()["images"])
+    assert {"train/loss", "train/plateau", "train/learning_rate", "train/padding", "train/effective_rank"} <= scalars
+    assert {"validation/pair_recall", "validation/effective_rank"} <= scalars
+    assert {"views/patient_0", "views/patient_1"} <= images
+    assert len(events.Scalars("train/loss")) == 6
+    steps = [point.step for point in events.Scalars("validation/pair_recall")]
+    assert steps == [0, 3, 6], "the untrained encoder, then each epoch"
+
+
+def test_no_patient_id_or_path_gets_into_what_a_run_writes(trained: tuple[Path, Path]) -> None:
+    datalist, output = trained
+    secrets = [b"patient 0", b"patient 3", datalist.parent.name.encode() + b"/scan", b"scan_0_image"]
+    written = [path for path in output.rglob("*") if path.is_file() and path.name != "embeddings.csv"]
+    assert written
+    for path in written:
+        content = path.read_bytes()
+        for secret in secrets:
+            assert secret not in content, f"{secret!r} in {path.name}"
+
+
+def test_a_finished_encoder_is_evaluated_on_held_out_patients(
+    trained: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    datalist, output = trained
+    run = workflow(["train.yaml", "evaluate.yaml"], "train", datalist=str(datalist), output_dir=str(output))
+    assert run.check_properties() in (None, [])
+    run.initialize()
+    with caplog.at_level(logging.INFO):
+        run.run()
+    assert any("pair_recall" in message for message in caplog.messages)
+    assert run.parser.get_parsed_content("validate::metric").report["pair_recall"] >= 0
+
+
+def test_inference_writes_one_row_a_scan(trained: tuple[Path, Path]) -> None:
+    datalist, output = trained
+    run = workflow(["inference.yaml"], "infer", datalist=str(datalist), output_dir=str(output))
+    run.initialize()
+    assert run.check_properties() in (None, [])
+    run.run()
+    with (output / "embeddings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert {row["patient_id"] for row in rows} == {"test patient 3", "test patient 4"}
+    features = [name for name in rows[0] if name.startswith("f")]
+    assert len(features) == 64
+    assert len({row["f0"] for row in rows}) == 3
+
+
+def test_training_has_the_properties_of_a_training_bundle(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run = workflow(["train.yaml"], "train", datalist=str(trained[0]), output_dir=str(tmp_path))
+    run.initialize()
+    assert run.check_properties() in (None, [])
+
+
+def test_the_embedder_takes_and_gives_what_the_metadata_says() -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.yaml"),
+        device="cpu",
+    )
+
+
+def test_the_metadata_follows_the_schema(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    shutil.copy(Path(__file__).with_name("metadata_schema.json"), schema)
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema))
+
+
+def test_the_same_seed_gives_the_same_encoder(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    datalist, output = trained
+    run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(tmp_path), val_interval=0, save_interval=0)
+    run.initialize()
+    run.run()
+    first, second = ((folder / "encoder.safetensors").read_bytes() for folder in (output, tmp_path))
+    assert first == second
+
+
+def test_a_bad_scan_is_quarantined_and_the_run_goes_on(
+    _cohort_rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datalist = write_datalist(_cohort_rows, tmp_path / "data", training=6)
+    bad = tmp_path / "data" / json.loads(datalist.read_text())["training"][0]["image"]
+    bad.write_bytes(bad.read_bytes()[:500])
+    run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(tmp_path / "output"), max_epochs=1)
+    run.initialize()
+    with caplog.at_level(logging.INFO):
+        run.run()
+    assert any("1 scans quarantined" in message for message in caplog.messages)
+    lines = (tmp_path / "output" / "quarantine_training.jsonl").read_text().splitlines()
+    assert [json.loads(line)["scan"] for line in lines] == [0]
+    assert bad.name not in lines[0]
+    assert (tmp_path / "output" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"datalist": "nowhere.json"}, "nowhere.json"),
+        ({"temperature": 0}, "temperature"),
+        ({"batch_size": 64}, "no batch"),
+        ({"norm": "none of these"}, "norm"),
+        ({"precision": "fp8"}, "precision"),
+        ({"roi_size": [16, 16]}, "size"),
+        ({"spacing": [1, 0, 1]}, "spacing"),
+    ],
+)
+def test_an_unusable_setting_ends_in_an_error_of_medclrs(
+    settings: dict[str, Any], problem: str, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        workflow(["train.yaml"], "train", **{"datalist": str(trained[0]), "output_dir": str(tmp_path), **settings}).initialize()
+    cause = find_cause(caught.value)
+    assert isinstance(cause, MedclrError), f"no MedclrError behind {caught.value!r}"
+    assert problem in str(cause)
+    assert cause.fix

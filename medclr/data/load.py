@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,12 @@ class LoadScand(MapTransform):
     def __init__(self, load: Sequence[str], *, reader: ImageReader | str | None = None) -> None:
         super().__init__(load, allow_missing_keys=True)
         try:
-            self.loader = LoadImage(reader=reader, image_only=True, dtype=np.float32, ensure_channel_first=True)
+            # Asked to choose, MONAI starts every reader it has, DICOM's codecs among them; scans are NIfTI.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it tells of optional codecs that are not installed
+                self.loader = LoadImage(
+                    reader=reader or "NibabelReader", image_only=True, dtype=np.float32, ensure_channel_first=True
+                )
         except Exception as error:  # an unknown name, or a reader whose package is not installed
             raise ConfigError(
                 "The reader is unusable.",

@@ -260,8 +260,12 @@ def _like(datalist: Datalist, sections: dict[str, list[Row]], settings: dict[str
 
 
 def _count(amount: int | float, total: int) -> int:
-    is_count = isinstance(amount, int) and not isinstance(amount, bool)
-    count = int(amount) if is_count else math.floor(total * amount + 0.5) if 0 < amount <= 1 else 0
+    if isinstance(amount, bool):
+        count = 0
+    elif isinstance(amount, int):
+        count = amount
+    else:
+        count = math.floor(total * amount + 0.5) if 0 < amount <= 1 else 0
     if not 1 <= count <= total:
         raise DatalistError(
             "An amount of patients is impossible.",

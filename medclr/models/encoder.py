@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -119,7 +119,28 @@ class Encoder(nn.Module):
                 wanted=f"more than {min(self.stride)} voxels along some axis",
                 fix="Enlarge roi_size, or use an encoder with fewer levels.",
             )
+        refuse_unsafe_bf16(image.device, coarsest)
         return ARCHITECTURES[self.target].maps(self, image)
+
+
+def refuse_unsafe_bf16(device: torch.device, coarsest: Sequence[int]) -> None:
+    """Raise :class:`ConfigError` where gradients of a bf16 convolution would be garbage.
+
+    On the CPU, torch 2.13's bf16 ``conv3d`` of a map with 2 voxels along its first axis reads memory that nothing has
+    written, in about half of all backward passes; 3 voxels or more are right. Found by filling freed memory with NaN.
+
+    Args:
+        device: where the convolution runs.
+        coarsest: voxels of the coarsest map along each axis; with fewer than 3, it or the one before has 2.
+    """
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if device.type == "cpu" and bf16 and torch.is_grad_enabled() and coarsest[0] < 3:
+        raise ConfigError(
+            "bf16 would give wrong gradients here: a map has 2 voxels along its first axis.",
+            got=f"a coarsest map of {tuple(coarsest)} voxels, in bf16 on the CPU",
+            wanted="3 voxels or more along the first axis, or another precision",
+            fix="Set precision: fp32, or enlarge roi_size.",
+        )
 
 
 def build_encoder(architecture: Mapping[str, Any]) -> Encoder:

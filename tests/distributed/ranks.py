@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+class RankError(Exception):
+    """What one rank raised, as its traceback."""
 
 
 def run_ranks(
@@ -32,7 +37,7 @@ def run_ranks(
         What each rank returned, in the order of ranks.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: what a rank raised, with its traceback.
+        RankError: what a rank raised; of several ranks the first, since the others may only have lost their peer.
         TimeoutError: the ranks have not ended in time; they are killed.
     """
     context = mp.start_processes(
@@ -48,6 +53,9 @@ def run_ranks(
         while not context.join(timeout=max(end - time.monotonic(), 0)):
             if time.monotonic() >= end:
                 raise TimeoutError(f"{function.__name__} has not ended in {world_size} ranks after {timeout:g} s")
+    except mp.ProcessRaisedException as error:
+        first = min(folder.glob("*.error"), key=lambda path: int(path.stem))
+        raise RankError(first.read_text(encoding="utf-8")) from error
     finally:
         for process in context.processes:
             process.kill()
@@ -63,11 +71,16 @@ def _one_rank(
         # The machine's name need not lead to an address of its own.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = (folder / "meeting").as_uri()
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-    )
     try:
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
         torch.save(function(*arguments), folder / f"{rank}.pt")
         dist.barrier()
+    except Exception:
+        # Written, and timed, before the group is taken down, which makes the other ranks fail in their turn.
+        (folder / f"{time.monotonic_ns()}.error").write_text(f"rank {rank}: {traceback.format_exc()}", encoding="utf-8")
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medclr.distributed import gather, is_distributed, rank, world_size
 from medclr.errors import ConfigError
+from tests.distributed.ranks import RankError
 from tests.distributed.ranks import run_ranks as run_in
 
 Runner = Callable[..., list[Any]]
@@ -144,7 +145,7 @@ def refuse_in_the_second_rank() -> Tensor:
 
 
 def test_what_a_rank_raises_reaches_the_test(run_ranks: Runner) -> None:
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"ConfigError: The second rank refuses\."):
+    with pytest.raises(RankError, match=r"rank 1:(.|\n)*ConfigError: The second rank refuses\."):
         run_ranks(refuse_in_the_second_rank)
 
 

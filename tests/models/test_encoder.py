@@ -337,3 +337,15 @@ def test_features_of_resnet_features_are_kept() -> None:
     net = shaken(ResNetFeatures("resnet10", pretrained=False, in_channels=2))
     with torch.no_grad():
         torch.testing.assert_close(Encoder(net).feature_maps(image()), net(image()))
+
+
+def test_bf16_that_would_give_wrong_gradients_is_refused() -> None:
+    encoder = Encoder(SegResNet(init_filters=8))
+    small, large = torch.rand(1, 1, 16, 24, 24), torch.rand(1, 1, 24, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ConfigError, match="bf16"):
+            encoder(small)
+        encoder(large)
+        with torch.no_grad():
+            encoder(small)
+    encoder(small)

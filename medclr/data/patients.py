@@ -249,9 +249,10 @@ def _simple(pattern: str) -> str:
             seen.add(name)
     # Short matches need an end to reach for, and a name must not start in the middle of a component.
     start = "(?:^|/)" if pattern.startswith(("{", "*")) else ""
-    return (
-        start + "".join(parts) + (r"$" if pattern.lower().endswith((".nii", ".nii.gz")) else r"(?:\.nii(?:\.gz)?$|/|$)")
-    )
+    end = r"(?:\.nii(?:\.gz)?$|/|$)"
+    if pattern.lower().endswith(("/", ".nii", ".nii.gz")):
+        end = "" if pattern.endswith("/") else "$"
+    return start + "".join(parts) + end
 
 
 def _read(path: Path) -> tuple[list[int], list[dict[str, str]]]:

@@ -99,9 +99,8 @@ class Gamma:
 
 def _bend(view: View, params: Params) -> Tensor:
     low, way = value_range(view)
-    # Voxels outside the scan are 0, which may lie below the smallest value, and a power of a negative number is NaN.
-    share = view.image.sub(low).div_(way).clamp_(min=0)
-    return share.pow_(each(params["gamma"])).mul_(way).add_(low)
+    # Outside the scan, the power of a negative number may be NaN; what is returned there is not used.
+    return view.image.sub(low).div_(way).pow_(each(params["gamma"])).mul_(way).add_(low)
 
 
 class ContrastBrightness:

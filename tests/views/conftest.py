@@ -69,7 +69,7 @@ def make_view() -> Callable[..., View]:
     ) -> View:
         valid = torch.ones(count, 1, *shape, dtype=torch.bool)
         valid[:, :, :outside] = False
-        image = torch.rand(count, channels, *shape, generator=torch.Generator().manual_seed(count)) + 0.5
+        image = torch.rand(count, channels, *shape, generator=torch.Generator().manual_seed(count)) * 1.7 + 0.1
         return View(
             image * valid,
             _affines(count, spacing),

@@ -72,4 +72,4 @@ constraints: ## resolve all dependencies anew and write constraints.txt
 
 clean: ## remove caches and what was built; the environment stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find medclr tests bundles docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

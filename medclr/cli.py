@@ -79,8 +79,10 @@ def index_command(
     check_voxels: Annotated[bool, typer.Option(help="Read every voxel once: constants, NaN, duplicates.")] = True,
 ) -> None:
     """Turn a folder of scans into a datalist; what cannot be used is listed with its reason."""
+    from medclr.data.files import refuse_unwritable
     from medclr.data.index import QUARANTINE_FILE, index
 
+    refuse_unwritable(output)
     result = index(
         folder,
         patients=patients,

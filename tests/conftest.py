@@ -65,7 +65,7 @@ def affines() -> dict[str, NDArray[np.float64]]:
 
 
 @pytest.fixture(scope="session")
-def _cohort_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def cohort_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("cohort")
     random = np.random.default_rng(20)
     shapes = [(21, 17, 13), (18, 23, 11), (15, 16, 19), (24, 14, 12), (13, 20, 17)]
@@ -89,6 +89,6 @@ def _cohort_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
 
 
 @pytest.fixture
-def cohort(_cohort_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def cohort(cohort_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of five patients with 3, 1, 2, 2 and 1 scans: NIfTI of odd sizes, all kinds of affines, with masks."""
-    return [dict(row) for row in _cohort_rows]
+    return [dict(row) for row in cohort_rows]

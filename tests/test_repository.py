@@ -17,7 +17,7 @@ import pytest
 import medclr
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folders in which the homes and checkouts of some machine lie: a file that names one works on that machine alone. Examples
+# Where homes and checkouts of some machine lie: a file that names a place in it works on that machine alone. Examples
 # may speak of the home of "someone".
 MACHINE_PATH = re.compile(r"(?<![\w.$}:/-])/(?:work|home|root|Users|mnt|scratch)/(?!someone\b)\w")
 

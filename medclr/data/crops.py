@@ -218,16 +218,16 @@ class OverlappingCrops(RandomCrop):
         random = generator(key, "crop")
         start_1 = self.start(volume_1, random)
         room = np.asarray(volume_1.image.shape[1:]) - self.size
-        reach = np.asarray(self.size)
         start_2 = start_1
-        for _ in range(100):
+        for turn in range(100):
+            # Ever closer, so that a large overlap is found as well, and small views still move by single voxels.
+            reach = np.ceil(np.asarray(self.size) * 0.95**turn).astype(np.int64)
             shift = random.integers(-reach, reach + 1)
             # Where the scan is smaller than the view, both crops are centred on it along that axis.
             candidate = np.where(room >= 0, np.clip(start_1 + shift, 0, np.maximum(room, 0)), start_1)
             if overlap(start_1, candidate, self.size) >= self.min_iou:
                 start_2 = candidate
                 break
-            reach = np.maximum((reach * 0.95).astype(np.int64), 0)
         return (
             self._read(volume_1, start_1, _of_view(key, 1)),
             self._read(volume_2, start_2, _of_view(key, 2)),

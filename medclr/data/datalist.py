@@ -164,6 +164,7 @@ def read_datalist(
         >>> rows = read_datalist("datalist.json", "/data/hippocampus").training  # doctest: +SKIP
     """
     path = Path(path)
+    sections = [sections] if isinstance(sections, str) else sections
     content = read_json(path)
     present = {str(name): _rows_of(name, content.pop(name), path) for name in SECTIONS if name in content}
     for name in sections or ():

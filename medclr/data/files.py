@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from medclr.errors import DatalistError
@@ -56,12 +58,30 @@ def write_text(text: str, path: Path) -> None:
     Raises:
         DatalistError: the file cannot be written.
     """
+    with _beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Find out before long work that its result could not be written; makes the folder.
+
+    Raises:
+        DatalistError: the file cannot be written.
+    """
+    with _beside(path) as part:
+        part.touch()
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+            yield part
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:

@@ -139,9 +139,13 @@ def index(
     accepted = _without_duplicates({path: probes[path] for path in cells}, rejected)
     labelled = _match_labels(accepted, single, probes, rejected)
     used = set(labelled.values())
+    claimants: dict[str, list[str]] = {}
+    for image, names in claims.items():
+        for name in names:
+            claimants.setdefault(name, []).append(image)
     for path in found.volumes:
         if rule.is_label(path) and path not in used:
-            rejected.setdefault(path, _why_unused(path, claims))
+            rejected.setdefault(path, _why_unused(claimants.get(path, []), claims))
 
     rows: list[Row] = []
     for path in accepted:
@@ -205,12 +209,12 @@ def _match_labels(
     return labelled
 
 
-def _why_unused(label: str, claims: Mapping[str, Sequence[str]]) -> ScanError:
-    images = [image for image, names in claims.items() if label in names]
+def _why_unused(images: Sequence[str], claims: Mapping[str, Sequence[str]]) -> ScanError:
     if not images:
         return _refusal("The label belongs to no image.", "no indexed image of its name", "an image for every label")
-    if any(len(claims[image]) > 1 for image in images):
-        got = f"{len(claims[images[0]])} files for {images[0]}"
+    several = next((image for image in images if len(claims[image]) > 1), None)
+    if several is not None:
+        got = f"{len(claims[several])} files for {several}"
         return _refusal("The image has several labels.", got, "one label file an image")
     return _refusal("The label's image is quarantined.", images[0], "a usable image for every label")
 

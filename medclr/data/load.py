@@ -103,8 +103,6 @@ class LoadScand(MapTransform):
                 wanted=f"whole numbers 0, 1, 2, ... up to {LARGEST_CLASS}",
                 fix="Give a mask of classes, not a probability map.",
             )
-        # Headers round differently; with the very same affine, resampling gives both the very same grid.
-        label.affine = image.affine
         return label
 
     def _scan(self, path: Any) -> MetaTensor:

@@ -53,7 +53,7 @@ class PatientPattern:
     def match(self, path: str) -> Cells | None:
         """The columns found in a path relative to the folder; None where the pattern, or the patient, is not in it."""
         found = self._regex.search(path)
-        if found is None or is_missing(found["patient"] or ""):
+        if found is None or not (found["patient"] or "").strip():
             return None
         return {self._columns[group]: text.strip() for group, text in found.groupdict().items() if text}
 

@@ -26,7 +26,7 @@ def autocast(device: str | torch.device, precision: Precision) -> torch.autocast
 
 
 def default_precision(device: str | torch.device) -> Precision:
-    """``bf16`` where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX-512 BF16), else ``fp32``."""
+    """``bf16`` where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX-512 BF16), else ``fp32``."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

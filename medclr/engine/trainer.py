@@ -25,8 +25,8 @@ class ContrastiveTrainer(SupervisedTrainer):
     """A ``SupervisedTrainer`` for methods: the network is a method, perhaps inside DDP, the loss its ``contrast``.
 
     ``engine.state.output`` holds ``image`` (the first view), ``views`` (all of them), ``label`` (the metadata),
-    ``pred`` (the embeddings), ``loss`` (unscaled) and whatever else ``contrast`` returned. All four iteration events fire. After each optimizer
-    step, and only then, the method's ``after_step`` is called with steps done / total.
+    ``pred`` (the embeddings), ``loss`` (unscaled) and whatever else ``contrast`` returned. All four iteration events
+    fire. After each optimizer step, and only then, the method's ``after_step`` is called with steps done / total.
 
     Args:
         device: where to train.

@@ -31,6 +31,7 @@ class ScanDataset(Dataset[dict[str, Any]]):
     Args:
         datalist: rows of one section of a datalist.
         reader: reads, caches and quarantines scans.
+        allow_empty: whether a datalist without rows gives an empty data set, and says so in the log.
 
     Raises:
         DatalistError: if no scan can be used.
@@ -39,9 +40,11 @@ class ScanDataset(Dataset[dict[str, Any]]):
     ``scan`` (), the row's place in the datalist.
     """
 
-    def __init__(self, datalist: Sequence[Mapping[str, Any]], reader: ScanReader) -> None:
+    def __init__(self, datalist: Sequence[Mapping[str, Any]], reader: ScanReader, *, allow_empty: bool = False) -> None:
         self.rows, self.reader = list(datalist), reader
-        if not self.rows:
+        if not self.rows and allow_empty:
+            logger.info("there are no held-out patients to look at")
+        elif not self.rows:
             raise DatalistError(
                 "There is no scan to embed.",
                 got="an empty section",

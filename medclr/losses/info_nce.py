@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from medclr.errors import ConfigError
@@ -42,7 +41,8 @@ def info_nce(queries: Tensor, keys: Tensor, pairs: Pairs, temperature: float = 0
         The loss, a scalar; 0 if no query has a positive.
 
     Raises:
-        ConfigError: for a temperature that is not > 0, or shapes that do not fit.
+        ConfigError: for a temperature that is not > 0, or shapes that do not fit; and in a backward pass that is to be
+            differentiated again.
     """
     check_temperature(temperature)
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
@@ -78,8 +78,14 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # a second derivative would silently be 0
+            raise ConfigError(
+                "InfoNCE can be differentiated once.",
+                got="a backward pass with create_graph=True",
+                wanted="one without",
+                fix="Leave create_graph out, or build the gradient penalty on another loss.",
+            )
         gradient_q, gradient_k = ctx.saved_tensors
         return (grad * gradient_q).to(ctx.dtypes[0]), (grad * gradient_k).to(ctx.dtypes[1]), None, None
 

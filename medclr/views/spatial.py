@@ -58,7 +58,7 @@ class RandomSpatial:
     Example:
         >>> spatial = RandomSpatial((32, 48, 32), rotation=15, scale=(0.9, 1.1), flip=(True, False, False))
         >>> spatial.read_size(spacing=(1.0, 1.0, 1.0))
-        (52, 68, 54)
+        (56, 70, 56)
     """
 
     def __init__(

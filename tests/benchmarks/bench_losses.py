@@ -45,7 +45,9 @@ def seconds(loss: Callable[[Tensor, Tensor], Tensor], pairs: int) -> float:
 
 def main() -> None:
     """Print one line a batch size."""
-    print(f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(
+        f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
     print(f"{'pairs':>6} {'NT-Xent ms':>11} {'bare ms':>9} {'ratio':>6} {'MONAI ms':>9} {'ratio':>8}")
     for pairs in (256, 1024, 4096):
         own, plain = seconds(NTXentLoss(TEMPERATURE), pairs), seconds(bare, pairs)

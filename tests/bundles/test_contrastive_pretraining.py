@@ -65,10 +65,10 @@ def workflow(configs: list[str], kind: str, **settings: Any) -> ConfigWorkflow:
 
 
 @pytest.fixture(scope="module")
-def trained(_cohort_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def trained(cohort_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The datalist and the output folder of one short run through the bundle."""
     folder = tmp_path_factory.mktemp("pretraining")
-    datalist, output = write_datalist(_cohort_rows, folder / "data", training=6), folder / "output"
+    datalist, output = write_datalist(cohort_rows, folder / "data", training=6), folder / "output"
     run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(output))
     run.initialize()
     run.run()
@@ -189,10 +189,32 @@ def test_the_same_seed_gives_the_same_encoder(trained: tuple[Path, Path], tmp_pa
     assert first == second
 
 
-def test_a_bad_scan_is_quarantined_and_the_run_goes_on(
-    _cohort_rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("val_interval", [0, 1])
+def test_a_run_without_held_out_patients_trains(
+    cohort_rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture, val_interval: int
 ) -> None:
-    datalist = write_datalist(_cohort_rows, tmp_path / "data", training=6)
+    datalist = write_datalist(cohort_rows, tmp_path / "data", training=6)
+    content = json.loads(datalist.read_text())
+    datalist.write_text(json.dumps({"training": content["training"]}))
+    run = workflow(
+        ["train.yaml"],
+        "train",
+        datalist=str(datalist),
+        output_dir=str(tmp_path),
+        max_epochs=1,
+        val_interval=val_interval,
+    )
+    with caplog.at_level(logging.INFO):
+        run.initialize()
+    run.run()
+    assert "there are no held-out patients to look at" in caplog.messages
+    assert (tmp_path / "encoder.safetensors").exists()
+
+
+def test_a_bad_scan_is_quarantined_and_the_run_goes_on(
+    cohort_rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datalist = write_datalist(cohort_rows, tmp_path / "data", training=6)
     bad = tmp_path / "data" / json.loads(datalist.read_text())["training"][0]["image"]
     bad.write_bytes(bad.read_bytes()[:500])
     run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(tmp_path / "output"), max_epochs=1)

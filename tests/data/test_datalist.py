@@ -233,6 +233,7 @@ def test_files_of_sections_not_asked_for_may_be_absent(folder: Path) -> None:
     path = put(folder / "list.json", training=[row("a.nii.gz")], test=[row("elsewhere.nii.gz", "P2")])
     datalist = read_datalist(path, sections=["training"])
     assert list(datalist.sections) == ["training"]
+    assert read_datalist(path, sections="training") == datalist
     with pytest.raises(DatalistError, match="missing"):
         read_datalist(path)
 

@@ -26,7 +26,7 @@ from medclr.errors import ConfigError
         (r"^(?P<patient>[A-Z]+)(_(?P<sequence>T\d))?", "AB_T2.nii", ("AB", {"sequence": "T2"})),
         (r"^(?P<patient>[A-Z]+)(_(?P<sequence>T\d))?", "AB.nii", ("AB", {})),
         (r"^(?P<patient>[A-Z]*)", "1.nii", None),
-        ("{patient}_{sequence}", "none_T1.nii", None),
+        ("{patient}_{sequence}", "NA_T1.nii", ("NA", {"sequence": "T1"})),
     ],
 )
 def test_patterns_read_the_patient_off_a_path(

@@ -55,11 +55,15 @@ def one_step() -> dict[str, Any]:
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
         loss_function=method.contrast,
-        prepare_batch=PrepareViews(TwoViews(RandomSpatial(SIZE, rotation=0.0, scale=(1.0, 1.0)), GaussianNoise(std=0.1))),
+        prepare_batch=PrepareViews(
+            TwoViews(RandomSpatial(SIZE, rotation=0.0, scale=(1.0, 1.0)), GaussianNoise(std=0.1))
+        ),
     )
     trainer.run()
     losses.append(trainer.state.output["loss"])
-    gradients = {name: parameter.grad.clone() for name, parameter in method.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in method.named_parameters() if parameter.grad is not None
+    }
     return {"loss": losses[0], "gradients": gradients, "weights": dict(method.state_dict())}
 
 

@@ -155,7 +155,9 @@ def test_every_precision_trains_on_the_cpu(precision: Any) -> None:
     before = {name: value.clone() for name, value in method.state_dict().items()}
     losses: list[float] = []
     trainer = trainer_of(method, precision=precision)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"])))
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"]))
+    )
     trainer.run()
     assert all(torch.isfinite(torch.tensor(losses)))
     assert any(not torch.equal(value, before[name]) for name, value in method.state_dict().items())
@@ -220,4 +222,6 @@ def test_a_batch_larger_than_the_cohort_is_refused_rather_than_skipped() -> None
 def test_a_network_that_is_no_method_is_refused() -> None:
     network = torch.nn.Linear(1, 1)
     with pytest.raises(ConfigError, match="method"):
-        ContrastiveTrainer("cpu", 1, loader(), network, torch.optim.SGD(network.parameters(), 0.1), lambda *_: {}, prepare())
+        ContrastiveTrainer(
+            "cpu", 1, loader(), network, torch.optim.SGD(network.parameters(), 0.1), lambda *_: {}, prepare()
+        )

@@ -183,10 +183,11 @@ class Progress:
 
     Args:
         summary: gives further lines for the end, such as what was quarantined.
+        title: what the bar says is being done.
     """
 
-    def __init__(self, summary: Callable[[], str] | None = None) -> None:
-        self.summary = summary
+    def __init__(self, summary: Callable[[], str] | None = None, *, title: str = "training") -> None:
+        self.summary, self.title = summary, title
         self.bar: tqdm[Any] | None = None
         self.waiting = self.working = 0.0
         self.mark = 0.0
@@ -202,8 +203,9 @@ class Progress:
 
     def start(self, engine: Engine) -> None:
         """Open the bar."""
+        self.waiting = self.working = 0.0
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="training", dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc=self.title, dynamic_ncols=True)
 
     def _wait(self, engine: Engine) -> None:
         self.mark = time.perf_counter()
@@ -216,9 +218,9 @@ class Progress:
         """One step further."""
         self.working += time.perf_counter() - self.mark
         assert self.bar is not None
-        loss = engine.state.output[CommonKeys.LOSS] if isinstance(engine.state.output, Mapping) else None
+        loss = engine.state.output.get(CommonKeys.LOSS) if isinstance(engine.state.output, Mapping) else None
         if loss is not None and (engine.state.iteration % 10 == 0 or engine.state.iteration == 1):
-            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{float(loss):.3f}")
+            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{loss.item():.3f}")
         self.bar.update()
 
     def finish(self, engine: Engine) -> None:

@@ -1,5 +1,6 @@
-"""What an encoder knows: embeddings of whole scans."""
+"""What a network knows: embeddings of whole scans, and how well scans are segmented."""
 
 from medclr.evaluate.embed import EmbeddingTable, ScanDataset, WindowEmbedder
+from medclr.evaluate.segmentation import DiceTable
 
-__all__ = ["EmbeddingTable", "ScanDataset", "WindowEmbedder"]
+__all__ = ["DiceTable", "EmbeddingTable", "ScanDataset", "WindowEmbedder"]

@@ -9,20 +9,24 @@ from pathlib import Path
 from ignite.engine import Engine, Events
 from torch import nn
 
+from medclr.data import Preprocessing
 from medclr.data.crops import checked_size
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import find_encoder
-from medclr.weights import load_encoder
+from medclr.weights import find_manifest, load_encoder
 
 logger = logging.getLogger(__name__)
 
 
-def initialise(network: nn.Module, pretrained: str | Path | None = None) -> nn.Module:
+def initialise(
+    network: nn.Module, pretrained: str | Path | None = None, preprocessing: Preprocessing | None = None
+) -> nn.Module:
     """Put pretrained weights into a network's encoder, all of it, and print the coverage; or leave it as it is.
 
     Args:
         network: a supported MONAI network, or what holds one.
         pretrained: a file that :func:`medclr.load_encoder` reads, or None for a start from scratch.
+        preprocessing: of the scans; where it differs from that of pretraining, the log says so.
 
     Returns:
         The network itself.
@@ -41,6 +45,10 @@ def initialise(network: nn.Module, pretrained: str | Path | None = None) -> nn.M
             fix="Correct pretrained, or set it to null for a start from scratch.",
         )
     load_encoder(pretrained, into=network)
+    manifest = find_manifest(pretrained)
+    if preprocessing is not None and manifest is not None:
+        for difference in manifest.preprocessing_differences(preprocessing.describe()):
+            logger.warning("the encoder knows scans that were preprocessed otherwise: %s", difference)
     return network
 
 
@@ -48,7 +56,8 @@ class FreezeEncoder:
     """Keep the encoder as it is for the first steps, while the fresh decoder learns to read it.
 
     A fresh decoder sends large and arbitrary gradients into a pretrained encoder (arXiv:2202.10054). The optimizer must
-    hold the encoder's parameters from the start: those that have no gradient are skipped by it, without decay.
+    hold the encoder's parameters from the start: those that have no gradient are skipped by it, without decay. The
+    running statistics of a batch norm are no parameters, and still follow the images.
 
     Args:
         network: a supported MONAI network, or what holds one.
@@ -69,11 +78,12 @@ class FreezeEncoder:
         if self.steps:
             engine.add_event_handler(Events.ITERATION_STARTED, self.decide)
             engine.add_event_handler(Events.COMPLETED, self.release)
+            engine.add_event_handler(Events.TERMINATE, self.release)  # which may leave COMPLETED out
 
     def decide(self, engine: Engine) -> None:
         """Freeze or thaw the encoder for this iteration."""
         trainable = engine.state.iteration > self.steps
-        if self.parameters[0].requires_grad != trainable:
+        if any(parameter.requires_grad != trainable for parameter in self.parameters):
             for parameter in self.parameters:
                 parameter.requires_grad_(trainable)
                 parameter.grad = None

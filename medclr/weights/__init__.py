@@ -1,7 +1,7 @@
 """Encoders on disk: saved with a manifest, loaded strictly or not at all."""
 
 from medclr.weights.coverage import Coverage, Mismatch
-from medclr.weights.io import encoder_state_dict, load_encoder, read_manifest, save_encoder
+from medclr.weights.io import encoder_state_dict, find_manifest, load_encoder, read_manifest, save_encoder
 from medclr.weights.manifest import Manifest
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "encoder_state_dict",
+    "find_manifest",
     "load_encoder",
     "read_manifest",
     "save_encoder",

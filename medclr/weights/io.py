@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -19,7 +19,13 @@ from medclr.weights import files
 from medclr.weights.coverage import Coverage, compare
 from medclr.weights.manifest import Manifest
 from medclr.weights.probe import TOLERANCE, check_probe, take_probe
-from medclr.weights.refusals import differences_of, other_architecture, refuse_unusable, too_little
+from medclr.weights.refusals import (
+    differences_of,
+    other_architecture,
+    refuse_other_preprocessing,
+    refuse_unusable,
+    too_little,
+)
 
 _STRIPPED: Final = ("module.", "encoder.", "network.")
 """Prefixes that other people's state dicts may have, alone or one inside another."""
@@ -68,13 +74,22 @@ def save_encoder(path: str | Path, encoder: nn.Module, manifest: Manifest) -> Ma
     return manifest
 
 
+def find_manifest(path: str | Path) -> Manifest | None:
+    """The manifest of a weights file, without reading the weights; None where it has none.
+
+    Raises:
+        WeightsError: for a file that cannot be read.
+    """
+    return files.read(Path(path), header_only=True).manifest
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of a weights file, without reading the weights.
 
     Raises:
         WeightsError: for a file that cannot be read, or has no manifest.
     """
-    manifest = files.read(Path(path), header_only=True).manifest
+    manifest = find_manifest(path)
     if manifest is None:
         raise WeightsError(
             "This weights file has no manifest.",
@@ -106,6 +121,7 @@ def load_encoder(
     minimum_coverage: float = 1.0,
     key_map: Mapping[str, str] | None = None,
     same_features: bool = True,
+    preprocessing: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Coverage:
     """Load an encoder's weights into a network, wholly or not at all.
@@ -125,6 +141,8 @@ def load_encoder(
         key_map: names in the file to names in the target, of tensors or of modules (``{"stem": "conv1"}``).
         same_features: False skips the comparison of features, for a target that differs from the saved encoder on
             purpose, such as in a stride.
+        preprocessing: settings of the target's preprocessing (``Preprocessing.describe``), where it must be that of
+            pretraining, as for embeddings; None does not compare them.
         quiet: do not print the coverage.
 
     Returns:
@@ -133,7 +151,7 @@ def load_encoder(
     Raises:
         ConfigError: for an unsupported target, unknown parts, or an unusable ``minimum_coverage``.
         WeightsError: for a file that cannot be read or trusted, another architecture, too little coverage, weights that
-            are zero or not finite, or other features than those of the saved encoder.
+            are zero or not finite, other features than those of the saved encoder, or another preprocessing.
     """
     path = Path(path)
     if not 0 < minimum_coverage <= 1:
@@ -158,6 +176,8 @@ def load_encoder(
             wanted="parameters on the CPU or a GPU",
             fix="Call into.to_empty(device='cpu') first.",
         )
+    if preprocessing is not None and stored.manifest is not None:
+        refuse_other_preprocessing(stored.manifest, preprocessing)
     differences = differences_of(stored.manifest, encoder)
     found, coverage = _match(stored, encoder, required, key_map, path.name, type(into).__name__)
     found = {name: found[name] for name in coverage.matched}

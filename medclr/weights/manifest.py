@@ -111,6 +111,18 @@ class Manifest:
         for item in fields(self):
             setattr(self, item.name, _plain(getattr(self, item.name), private=item.name == "settings"))
 
+    def preprocessing_differences(self, preprocessing: Mapping[str, Any]) -> list[str]:
+        """What differs between the preprocessing in pretraining and another one, a line each; none if unknown.
+
+        Args:
+            preprocessing: its settings, as ``medclr.data.Preprocessing.describe`` gives them.
+        """
+        theirs, ours = self.preprocessing, _plain(preprocessing, private=False)
+        if theirs is None:
+            return []
+        names = [name for name in dict.fromkeys([*theirs, *ours]) if theirs.get(name) != ours.get(name)]
+        return [f"{name} {ours.get(name)} here, {theirs.get(name)} in pretraining" for name in names]
+
     def to_json(self, indent: int | None = None) -> str:
         """As JSON text, unknown fields beside the known ones."""
         known = asdict(self)

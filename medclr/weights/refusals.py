@@ -31,6 +31,22 @@ def differences_of(manifest: Manifest | None, encoder: Encoder) -> dict[str, str
     return {name: f"{name} is {a} in the file and {b} here" for name, (a, b) in pairs.items() if a != b}
 
 
+def refuse_other_preprocessing(manifest: Manifest, preprocessing: Mapping[str, Any]) -> None:
+    """Refuse scans that would look otherwise than in pretraining.
+
+    Raises:
+        WeightsError: naming what differs.
+    """
+    differences = manifest.preprocessing_differences(preprocessing)
+    if differences:
+        raise WeightsError(
+            "The scans would be preprocessed otherwise than in pretraining.",
+            got="; ".join(differences),
+            wanted="the preprocessing that the manifest names",
+            fix="Set orientation, spacing and intensity as in pretraining.",
+        )
+
+
 def other_architecture(stored: Stored, encoder: Encoder, coverage: Coverage) -> WeightsError:
     """The error for weights of another network."""
     architecture = stored.manifest.architecture if stored.manifest is not None else None

@@ -78,7 +78,7 @@ def trained(cohort_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPath
 
 def test_a_run_leaves_an_encoder_that_fits_a_segmentation_network(trained: tuple[Path, Path]) -> None:
     _, output = trained
-    network = SegResNet(init_filters=8, norm=norm_argument("instance"), out_channels=3)
+    network = SegResNet(init_filters=8, norm=norm_argument("group"), out_channels=3)
     assert load_encoder(output / "encoder.safetensors", into=network).fraction == 1.0
 
 

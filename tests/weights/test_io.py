@@ -643,3 +643,21 @@ def test_checkpoint_loader_reads_the_plain_state_dict(make: Callable[[], nn.Modu
 
 def test_the_coverage_type_is_public() -> None:
     assert Coverage.__module__ == "medclr.weights.coverage"
+
+
+def test_another_preprocessing_is_refused_where_it_is_asked_for_and_the_target_is_left_alone(tmp_path: Path) -> None:
+    theirs = {"orientation": "RAS", "spacing": [1.0, 1.0, 1.0], "intensity": {"name": "Scale", "upper": 99.5}}
+    save_encoder(tmp_path / "a.safetensors", segresnet(), Manifest("SimCLR", preprocessing=theirs))
+    target = segresnet()
+    before = snapshot(target)
+    with pytest.raises(WeightsError, match="preprocessed otherwise") as caught:
+        load_encoder(tmp_path / "a.safetensors", into=target, preprocessing={**theirs, "spacing": None})
+    assert "spacing None here, [1.0, 1.0, 1.0] in pretraining" in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+    same = {**theirs, "spacing": (1.0, 1.0, 1.0)}
+    assert load_encoder(tmp_path / "a.safetensors", into=target, preprocessing=same).complete
+
+
+def test_weights_of_unknown_preprocessing_fit_any(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "a.safetensors", segresnet(), MANIFEST)
+    assert load_encoder(tmp_path / "a.safetensors", into=segresnet(), preprocessing={"spacing": None}).complete

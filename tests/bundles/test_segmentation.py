@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.networks.nets import SegResNet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from medclr import Encoder, Manifest, load_encoder, save_encoder
+from medclr.data import Preprocessing
+from medclr.errors import MedclrError, find_cause
+from medclr.models import norm_argument
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation"
+CONFIGS = BUNDLE / "configs"
+SETTINGS: dict[str, Any] = {
+    "bundle_root": str(BUNDLE),
+    "roi_size": [16, 16, 16],
+    "init_filters": 8,
+    "batch_size": 2,
+    "max_epochs": 2,
+    "steps_per_epoch": 2,
+    "val_interval": 1,
+    "device": "$torch.device('cpu')",
+    "precision": "fp32",
+}
+
+
+def workflow(configs: list[str], kind: str, **settings: Any) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(CONFIGS / name) for name in configs],
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=False,  # type: ignore[arg-type]  # it would replace the handlers that watch the log here
+        workflow_type=kind,
+        **{**SETTINGS, **settings},
+    )
+
+
+def run(configs: list[str], kind: str, **settings: Any) -> ConfigWorkflow:
+    done = workflow(configs, kind, **settings)
+    done.initialize()
+    done.run()
+    done.finalize()
+    return done
+
+
+@pytest.fixture(scope="module")
+def datalist(cohort_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three patients with six scans for training, one with two for validation, and copies of those two for test.
+
+    The copies lie in two folders and have the same file name.
+    """
+    folder = tmp_path_factory.mktemp("segmentation")
+    local: list[dict[str, Any]] = []
+    for row in cohort_rows:
+        names = {key: Path(row[key]).name for key in ("image", "label")}
+        for key, name in names.items():
+            shutil.copy(row[key], folder / name)
+        local.append({**names, "patient_id": row["patient_id"]})
+    test = []
+    for number, row in enumerate(local[6:8]):
+        (folder / f"site {number}").mkdir()
+        copies = {key: f"site {number}/{key}.nii.gz" for key in ("image", "label")}
+        for key, name in copies.items():
+            shutil.copy(folder / row[key], folder / name)
+        test.append({**copies, "patient_id": f"test {number}"})
+    path = folder / "datalist.json"
+    path.write_text(json.dumps({"training": local[:6], "validation": local[6:8], "test": test}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that fits the bundle's network, with weights that no initialisation would draw."""
+    path = tmp_path_factory.mktemp("pretraining") / "encoder.safetensors"
+    encoder = Encoder(SegResNet(init_filters=8, norm=norm_argument("group")))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape) + 0.01)
+    save_encoder(path, encoder, Manifest("SimCLR", preprocessing=Preprocessing().describe()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(datalist: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one short run from pretrained weights."""
+    output = tmp_path_factory.mktemp("output")
+    run(["train.yaml"], "train", datalist=str(datalist), output_dir=str(output), pretrained=str(pretrained))
+    return output
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"network", "settings"}
+    return content["network"]
+
+
+def test_training_leaves_the_best_and_the_last_network_and_its_curves(trained: Path) -> None:
+    assert weights_of(trained / "best.pt").keys() == weights_of(trained / "last.pt").keys()
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"loss", "learning_rate", "dice"} <= scalars
+    assert len(events.Scalars("loss")) == 4
+    assert [point.step for point in events.Scalars("dice")] == [1, 2]
+
+
+def test_a_frozen_encoder_is_the_pretrained_one_after_training(
+    datalist: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    run(
+        ["train.yaml"],
+        "train",
+        datalist=str(datalist),
+        output_dir=str(tmp_path),
+        pretrained=str(pretrained),
+        val_interval=0,
+        freeze_steps=4,
+    )
+    network = SegResNet(init_filters=8, norm=norm_argument("group"))
+    fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    source = Encoder(network)
+    load_encoder(pretrained, into=source, quiet=True)
+    state = weights_of(tmp_path / "last.pt")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert not torch.equal(state["conv_final.2.conv.weight"], fresh["conv_final.2.conv.weight"])
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_pretraining_and_scratch_differ_in_the_encoder_alone_at_the_start(
+    datalist: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    states, crops = [], []
+    for weights in (None, str(pretrained)):
+        done = workflow(
+            ["train.yaml"],
+            "train",
+            datalist=str(datalist),
+            output_dir=str(tmp_path),
+            pretrained=weights,
+            val_interval=0,
+        )
+        done.initialize()
+        network = done.parser.get_parsed_content("network_def")
+        states.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        crops.append(next(iter(done.parser.get_parsed_content("train::dataloader")))["image"].as_tensor())
+    names = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert names
+    assert all(name.startswith(("convInit", "down_layers")) for name in names)
+    torch.testing.assert_close(crops[0], crops[1], rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_network(datalist: Path, tmp_path: Path) -> None:
+    states = []
+    for place in ("first", "second"):
+        run(["train.yaml"], "train", datalist=str(datalist), output_dir=str(tmp_path / place), val_interval=0)
+        states.append(weights_of(tmp_path / place / "last.pt"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_evaluation_compares_on_the_scans_own_grid(datalist: Path, trained: Path) -> None:
+    run(["train.yaml", "evaluate.yaml"], "train", datalist=str(datalist), output_dir=str(trained))
+    with (trained / "dice_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    summary = json.loads((trained / "dice_test.json").read_text())
+    assert [row["patient"] for row in rows] == ["test 0", "test 1"]
+    assert summary["patients"] == summary["scans"] == 2
+    values = [float(row["class_1"]) for row in rows]
+    assert summary["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_inference_writes_a_file_a_scan_on_its_own_grid_and_agrees_with_evaluation(
+    datalist: Path, trained: Path
+) -> None:
+    run(["train.yaml", "evaluate.yaml"], "train", datalist=str(datalist), output_dir=str(trained))
+    run(["inference.yaml"], "infer", datalist=str(datalist), output_dir=str(trained))
+    with (trained / "dice_test.csv").open() as file:
+        dice = [float(row["class_1"]) for row in csv.DictReader(file)]
+    for number in range(2):
+        place = datalist.parent / f"site {number}"
+        written = nibabel.load(trained / "predictions" / f"site {number}" / "image_seg.nii.gz")
+        image, mask = nibabel.load(place / "image.nii.gz"), nibabel.load(place / "label.nii.gz")
+        assert written.shape == image.shape
+        assert written.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(written.affine, image.affine, atol=1e-4)
+        prediction, truth = np.asarray(written.dataobj) == 1, np.asarray(mask.dataobj) == 1
+        expected = 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum())
+        assert dice[number] == pytest.approx(expected, abs=1e-5)
+
+
+def test_predictions_of_resampled_scans_return_to_their_grid(datalist: Path, tmp_path: Path) -> None:
+    settings = {"datalist": str(datalist), "output_dir": str(tmp_path), "spacing": [1.3, 1.3, 1.3]}
+    run(["train.yaml"], "train", val_interval=0, max_epochs=1, **settings)
+    run(["inference.yaml"], "infer", checkpoint=str(tmp_path / "last.pt"), **settings)
+    for number in range(2):
+        written = nibabel.load(tmp_path / "predictions" / f"site {number}" / "image_seg.nii.gz")
+        image = nibabel.load(datalist.parent / f"site {number}" / "image.nii.gz")
+        assert written.shape == image.shape
+        np.testing.assert_allclose(written.affine, image.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("configs", "kind"),
+    [(["train.yaml"], "train"), (["train.yaml", "evaluate.yaml"], "train"), (["inference.yaml"], "infer")],
+)
+def test_a_workflow_has_the_properties_that_monai_asks_for(
+    configs: list[str], kind: str, datalist: Path, trained: Path
+) -> None:
+    done = workflow(configs, kind, datalist=str(datalist), output_dir=str(trained))
+    done.initialize()
+    assert done.check_properties() in (None, [])
+
+
+def test_the_network_takes_and_gives_what_the_metadata_says() -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.yaml"),
+        device="cpu",
+    )
+
+
+def test_the_metadata_follows_the_schema(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    shutil.copy(Path(__file__).with_name("metadata_schema.json"), schema)
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema))
+
+
+def test_a_bad_mask_is_quarantined_and_the_run_goes_on(
+    datalist: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(datalist.parent, folder)
+    mask = nibabel.load(folder / "scan_0_label.nii.gz")
+    wrong = np.asarray(mask.dataobj).astype(np.uint8) * 7
+    nibabel.save(nibabel.Nifti1Image(wrong, mask.affine), folder / "scan_0_label.nii.gz")
+    with caplog.at_level(logging.INFO):
+        run(
+            ["train.yaml"],
+            "train",
+            datalist=str(folder / "datalist.json"),
+            output_dir=str(tmp_path / "output"),
+            val_interval=0,
+        )
+    assert "1 scans quarantined" in caplog.messages
+    (line,) = (tmp_path / "output" / "quarantine_training.jsonl").read_text().splitlines()
+    assert "class 7" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("configs", "kind", "settings", "problem"),
+    [
+        (["train.yaml"], "train", {"pretrained": "nowhere.safetensors"}, "not there"),
+        (["train.yaml"], "train", {"roi_size": [16, 16, 20]}, "windows of this size"),
+        (["train.yaml"], "train", {"norm": "none of these"}, "norm"),
+        (["train.yaml"], "train", {"in_channels": 2}, "sequences"),
+        (["train.yaml"], "train", {"precision": "fp16"}, "fp16"),
+        (["train.yaml"], "train", {"freeze_steps": -1}, "freeze"),
+        (["train.yaml", "evaluate.yaml"], "train", {"section": "tset"}, "tset"),
+        (["train.yaml", "evaluate.yaml"], "train", {"spacing": [2.0, 2.0, 2.0]}, "spacing"),
+        (["train.yaml", "evaluate.yaml"], "train", {"init_filters": 16}, "init_filters"),
+        (["train.yaml", "evaluate.yaml"], "train", {"out_channels": 3}, "conv_final"),
+        (["train.yaml", "evaluate.yaml"], "train", {"class_names": ["one", "two"]}, "names"),
+        (["inference.yaml"], "infer", {"checkpoint": "nowhere.pt"}, "not there"),
+        (["inference.yaml"], "infer", {"orientation": "LPS"}, "orientation"),
+    ],
+)
+def test_an_unusable_setting_ends_in_an_error_of_medclrs(
+    configs: list[str],
+    kind: str,
+    settings: dict[str, Any],
+    problem: str,
+    datalist: Path,
+    trained: Path,
+) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run(configs, kind, **{"datalist": str(datalist), "output_dir": str(trained), **settings})
+    cause = find_cause(caught.value)
+    assert isinstance(cause, MedclrError), f"no MedclrError behind {caught.value!r}"
+    assert problem in str(cause)
+    assert cause.fix

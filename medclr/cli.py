@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bundles = typer.Typer(help="The bundles that come with medclr: list or copy them.", no_args_is_help=True)
+app.add_typer(bundles, name="bundle")
 _state = {"debug": False}
 
 
@@ -138,6 +140,28 @@ def split_command(
     for name, part in made.items():
         write_datalist(part, paths[name])
     _print_sections({paths[name].name: part for name, part in made.items()})
+
+
+@bundles.command("list")
+def list_command() -> None:
+    """The bundles that come with medclr."""
+    from medclr.shipped import shipped_bundles
+
+    table = Table("bundle", "version", "what it does")
+    for bundle in shipped_bundles():
+        table.add_row(bundle.name, bundle.version, bundle.task)
+    Console().print(table)
+
+
+@bundles.command("copy")
+def copy_command(
+    name: Annotated[str, typer.Argument(help="A name of `medclr bundle list`.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write it to; new or empty.")],
+) -> None:
+    """Copy a bundle, to run or change it there."""
+    from medclr.shipped import copy_bundle
+
+    print(f"Wrote {copy_bundle(name, folder)}; how to run it stands in {folder / 'docs' / 'README.md'}")
 
 
 def _numbers(text: str, option: str) -> list[int | float]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,19 +111,76 @@ def test_the_licence_is_apache_2_in_full() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
-def test_a_wheel_holds_the_types_marker_the_licence_and_every_module(tmp_path: Path) -> None:
-    """Built from a copy, so that nothing is left behind in the checkout."""
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left behind in the checkout, with what a run leaves in a bundle."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    shutil.copytree(ROOT / "medclr", source / "medclr", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    for name in ("medclr", "bundles"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "bundles" / "segmentation" / "models").mkdir(exist_ok=True)
+    (source / "bundles" / "segmentation" / "models" / "last.pt").write_text("a run's")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("medclr-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (path,) = folder.glob("medclr-*.whl")
+    return path
+
+
+def test_a_wheel_holds_the_types_marker_the_licence_every_module_and_every_bundle(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "medclr").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "medclr/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+    shipped = {f"medclr/{path.relative_to(ROOT)}" for path in tracked_files() if ROOT / "bundles" in path.parents}
+    assert {name for name in names if name.startswith("medclr/bundles/")} == shipped
+    assert "medclr/bundles/segmentation/configs/train.yaml" in shipped
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_lists_copies_and_runs_its_bundles(
+    wheel: Path, cohort: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """In an environment of its own, which borrows the other packages but not the checkout."""
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [str(python), *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    site = Path(run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=120)
+    # A path in a .pth file is searched, but its own .pth files, such as that of an editable install, are not read.
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    assert str(site) in run("-c", "import medclr; print(medclr.__file__)")
+    listed = run("-m", "medclr", "bundle", "list")
+    assert "segmentation" in listed
+    assert "contrastive_pretraining" in listed
+    run("-m", "medclr", "bundle", "copy", "contrastive_pretraining", "mine")
+    rows = [{**row, "label": None} for row in cohort]
+    for row in rows:
+        shutil.copy(row["image"], tmp_path / Path(row["image"]).name)
+        row["image"] = Path(row["image"]).name
+        del row["label"]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": rows}))
+    settings = {
+        "roi_size": "[16,16,16]",
+        "init_filters": 8,
+        "batch_size": 2,
+        "max_epochs": 1,
+        "val_interval": 0,
+        "precision": "fp32",
+    }
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    configs = ("--config_file", "mine/configs/train.yaml", "--meta_file", "mine/configs/metadata.json")
+    run("-m", "monai.bundle", "run", *configs, "--bundle_root", "mine", "--datalist", "datalist.json", *options)
+    assert (tmp_path / "mine" / "models" / "encoder.safetensors").exists()

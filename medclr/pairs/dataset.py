@@ -110,10 +110,15 @@ class PatientPairDataset(Dataset[Item]):
         usable = ([self.rows[scan] for scan in scans if scan not in bad] for scans in self.patients)
         return sum(1 for rows in usable if rows and self.rule.pairable(rows))
 
+    def usable_patients(self) -> int:
+        """How many patients have a scan that is not quarantined."""
+        bad = self.reader.quarantine.reasons()
+        return sum(1 for scans in self.patients if any(scan not in bad for scan in scans))
+
     def summary(self) -> str:
         """Patients, scans, fallbacks and quarantine in plain lines."""
         bad = self.reader.quarantine.reasons()
-        alive = sum(1 for scans in self.patients if any(scan not in bad for scan in scans))
+        alive = self.usable_patients()
         paired = self.paired_patients()
         lines = [
             f"{alive} patients, {len(self.rows) - len(bad)} scans; pairs by {type(self.rule).__name__}: "

@@ -37,6 +37,7 @@ _ROOM_NAMES = {
     "engine",
     "errors",
     "evaluate",
+    "launch",
     "losses",
     "methods",
     "models",

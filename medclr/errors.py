@@ -7,6 +7,7 @@ middle of a long traceback. :func:`show_errors_last` puts it back at the end.
 from __future__ import annotations
 
 import sys
+import traceback
 from types import TracebackType
 
 
@@ -83,6 +84,24 @@ class _ErrorsLast:
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if callable(self.previous):
             self.previous(kind, error, trace)
-        cause = find_cause(error)
+        cause = find_cause(error) or _from_bundle(error, trace)
         if cause is not None:
             print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
+
+
+def _from_bundle(error: BaseException, trace: TracebackType | None) -> MedclrError | None:
+    """What a bundle's configuration raised that is not medclr's: the innermost cause, in our form; else None."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    if not isinstance(error, Exception) or not any("monai/bundle/" in file.replace("\\", "/") for file in files):
+        return None
+    cause: BaseException = error
+    seen: set[int] = set()
+    while id(cause) not in seen:
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__ or cause
+    return ConfigError(
+        "The configuration cannot be run.",
+        got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300] or 'no reason given'}",
+        wanted="settings that MONAI can build and run",
+        fix="The traceback above names the item of the configuration; look at it, and at what the command line sets.",
+    )

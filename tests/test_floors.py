@@ -21,7 +21,7 @@ FLOORS = (
     {"evaluate"},
     {"engine", "transfer"},
     {"methods", "pairs", "weights"},
-    {"affinity", "views", "models", "losses", "data", "shipped"},
+    {"affinity", "views", "models", "losses", "data", "shipped", "launch"},
     {"geometry", "keys", "errors", "distributed", "draws"},
 )
 HEIGHT = {room: len(FLOORS) - level for level, floor in enumerate(FLOORS) for room in floor}

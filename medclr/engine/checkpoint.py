@@ -11,6 +11,7 @@ from medclr import distributed
 from medclr.errors import ConfigError
 from medclr.models import Encoder
 from medclr.weights import Manifest, save_encoder
+from medclr.weights.files import SAFETENSORS
 
 
 class SaveEncoder:
@@ -19,11 +20,11 @@ class SaveEncoder:
     Args:
         path: a name that ends in ``.safetensors``.
         encoder: whose weights.
-        manifest: what travels with them; steps and epochs are filled in.
+        manifest: what travels with them; optimizer steps and whole epochs done are filled in.
         interval: epochs between two saves; 0 saves at the end alone.
 
     Raises:
-        ConfigError: for a negative interval.
+        ConfigError: for a negative interval, or another suffix.
     """
 
     def __init__(self, path: str | Path, encoder: Encoder, manifest: Manifest, *, interval: int = 0) -> None:
@@ -32,6 +33,13 @@ class SaveEncoder:
                 "The save interval is unusable.", got=interval, wanted=">= 0 epochs", fix="Set save_interval: 10."
             )
         self.path, self.encoder, self.manifest, self.interval = Path(path), encoder, manifest, interval
+        if self.path.suffix != SAFETENSORS:  # here, rather than at the end of a run
+            raise ConfigError(
+                "An encoder is saved as safetensors.",
+                got=self.path.name,
+                wanted=f"a name that ends in {SAFETENSORS}",
+                fix=f"Save to {self.path.with_suffix(SAFETENSORS).name}.",
+            )
 
     def attach(self, engine: Engine) -> None:
         """Follow the trainer."""
@@ -42,5 +50,8 @@ class SaveEncoder:
 
     def save(self, engine: Engine) -> None:
         """Write the file."""
-        done = dataclasses.replace(self.manifest, steps=engine.state.iteration, epochs=engine.state.epoch)
+        epochs, rest = divmod(engine.state.iteration, engine.state.epoch_length)
+        batches = getattr(engine, "accumulation_steps", 1)  # of one optimizer step; the last of an epoch may have fewer
+        steps = epochs * -(-engine.state.epoch_length // batches) + rest // batches
+        done = dataclasses.replace(self.manifest, steps=steps, epochs=epochs)
         save_encoder(self.path, self.encoder, done)

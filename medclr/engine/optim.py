@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
+
+from medclr.errors import ConfigError
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -17,9 +20,16 @@ def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]
         network: whose parameters.
         weight_decay: >= 0, of the weights.
 
+    Raises:
+        ConfigError: for another ``weight_decay``, which torch checks for a whole optimizer, not for a group.
+
     Example:
         >>> optimizer = torch.optim.AdamW(decay_groups(method, 1e-2), lr=1e-3)  # doctest: +SKIP
     """
+    if not 0 <= weight_decay < math.inf:
+        raise ConfigError(
+            "The weight decay is unusable.", got=weight_decay, wanted="a number >= 0", fix="Set weight_decay: 0.0001."
+        )
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},

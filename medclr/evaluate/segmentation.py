@@ -14,7 +14,6 @@ import torch
 from ignite.engine import Engine, Events
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
-from monai.transforms import LoadImage
 from monai.utils.enums import CommonKeys
 from numpy.typing import NDArray
 from torch import Tensor
@@ -41,7 +40,7 @@ def dice_by_class(prediction: Tensor, mask: Tensor, classes: int) -> NDArray[np.
         (K - 1,) in [0, 1] or nan.
 
     Raises:
-        ConfigError: for two shapes.
+        ConfigError: for two shapes, or a class that is not among the K.
     """
     if prediction.shape != mask.shape:
         raise ConfigError(
@@ -49,6 +48,14 @@ def dice_by_class(prediction: Tensor, mask: Tensor, classes: int) -> NDArray[np.
             got=f"shapes {tuple(prediction.shape)} and {tuple(mask.shape)}",
             wanted="one shape",
             fix="Bring the prediction back to the scan's own grid before it is measured (Invertd).",
+        )
+    found = [int(image.amin()) for image in (prediction, mask)] + [int(image.amax()) for image in (prediction, mask)]
+    if min(found) < 0 or max(found) >= classes:
+        raise ConfigError(
+            "A segmentation or its mask holds a class that is not measured.",
+            got=f"classes {min(found)} to {max(found)}",
+            wanted=f"classes 0 to {classes - 1}",
+            fix="Set out_channels to the number of classes in the masks, with the background.",
         )
     pair = [one_hot(image[None, None].long(), classes) for image in (prediction, mask)]
     dice = compute_dice(pair[0], pair[1], include_background=False, ignore_empty=False)[0].double()
@@ -103,7 +110,7 @@ class DiceTable:
         names: of the classes above the background; ``class_1``, ``class_2``, ... if None.
 
     Raises:
-        ConfigError: for a number of names that does not fit.
+        ConfigError: for no class above the background, or a number of names that does not fit.
         DatalistError: at the end, if nothing was segmented.
     """
 
@@ -112,6 +119,13 @@ class DiceTable:
     ) -> None:
         self.path, self.dataset, self.classes = Path(path), dataset, classes
         self.names = [f"class_{place}" for place in range(1, classes)] if names is None else list(names)
+        if classes < 2:
+            raise ConfigError(
+                "There is no class to measure.",
+                got=f"{classes} classes",
+                wanted="two or more, with the background",
+                fix="For example out_channels: 2.",
+            )
         if len(self.names) != classes - 1:
             raise ConfigError(
                 "The names of the classes do not fit their number.",
@@ -121,7 +135,7 @@ class DiceTable:
             )
         self.dice: dict[int, NDArray[np.float64]] = {}
         self.summary: dict[str, Any] = {}
-        self._load = LoadImage(image_only=True, ensure_channel_first=True)
+        self._load = dataset.preprocessing.transforms[0].loader  # whatever reader the scans need, without the checks
 
     def attach(self, engine: Engine) -> None:
         """Measure after each scan, write at the end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medclr.data import Preprocessing
 from medclr.errors import ConfigError, WeightsError
@@ -82,6 +82,8 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state, settings = content[NETWORK], content[SETTINGS]
+        if not isinstance(settings, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("no settings, or a network of other things than tensors")
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise WeightsError(
             "The file is no checkpoint of a segmentation run.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from medclr import keys
 from medclr.data import Preprocessing, Quarantine
-from medclr.errors import DatalistError, ScanError, find_cause
+from medclr.errors import ConfigError, DatalistError, ScanError, find_cause
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class SegmentationDataset(Dataset[Any]):
         may_be_empty: whether a section without rows, or without masks, is no error but a data set of length 0.
 
     Raises:
+        ConfigError: for an unusable ``cache_mb``, or masks without ``out_channels``.
         DatalistError: for no rows, no row with a mask, no scan that can be used, or no mask with any foreground.
 
     Items are dictionaries with ``image`` (C, X, Y, Z) float32 and, with masks, ``label`` (1, X, Y, Z) int16, both
@@ -64,20 +66,28 @@ class SegmentationDataset(Dataset[Any]):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self.masked = keys.LABEL in preprocessing.load
+        if not 0 <= cache_mb < math.inf:
+            raise ConfigError("The cache is unusable.", got=cache_mb, wanted=">= 0 MB", fix="Set cache_mb: 2048.")
+        if self.masked and out_channels is None:
+            raise ConfigError(
+                "Masks cannot be checked without the number of classes.",
+                got="out_channels None",
+                wanted="the number of classes, with the background",
+                fix="For example out_channels: 2.",
+            )
         self.scans: list[int] = []
         self._cache: dict[int, Item] = {}
         chosen = [n for n, row in enumerate(self.rows) if not self.masked or row.get(keys.LABEL) is not None]
         self.without_mask = len(self.rows) - len(chosen)
-        if not chosen and may_be_empty:
-            return
-        if not chosen:
+        if not chosen and not may_be_empty:
             raise DatalistError(
                 "There is no scan to segment." if not self.masked else "No scan has a mask.",
                 got=f"{len(self.rows)} rows, none of them with {keys.LABEL}" if self.rows else "an empty section",
                 wanted="at least one row" + (f" with the path of a mask under {keys.LABEL}" if self.masked else ""),
                 fix="Index the folder with its labels, or name another section of the datalist.",
             )
-        self._read_all(chosen, cache_mb * 2**20)
+        if chosen:
+            self._read_all(chosen, cache_mb * 2**20)
         for line in self.summary().splitlines():
             logger.info(line)
 
@@ -86,14 +96,28 @@ class SegmentationDataset(Dataset[Any]):
         return len(self.scans)
 
     def __getitem__(self, index: int) -> Any:
-        """One scan, augmented if there is a transform."""
-        scan = self.scans[index]
-        # A clone, because transforms write their trace into the MetaTensor that they are given.
-        kept = self._cache.get(scan)
-        item = (
-            self._load(scan) if kept is None else {k: v.clone() if torch.is_tensor(v) else v for k, v in kept.items()}
-        )
+        """One scan, augmented if there is a transform; the next one where it has become unusable, and is quarantined."""
+        item = self._find(index)
         return item if self.transform is None else self.transform(item)
+
+    def _find(self, index: int) -> Item:
+        first = range(len(self.scans))[index]
+        for place in (*range(first, len(self.scans)), *range(first)):
+            scan = self.scans[place]
+            kept = self._cache.get(scan)
+            if kept is not None:
+                # A clone, because transforms write their trace into the MetaTensor that they are given.
+                return {k: v.clone() if torch.is_tensor(v) else v for k, v in kept.items()}
+            try:
+                return self._load(scan)
+            except ScanError as error:
+                self.quarantine.add(scan, error)
+        raise DatalistError(
+            "No scan of the section can be used any more.",
+            got=f"{len(self.scans)} scans that could be read at the start",
+            wanted="files that stay where they are",
+            fix="Check that the folder of the scans is still there.",
+        )
 
     def summary(self) -> str:
         """Scans used, left out and quarantined, in plain lines."""
@@ -117,9 +141,10 @@ class SegmentationDataset(Dataset[Any]):
             self.scans.append(scan)
             if self.masked:
                 foreground = foreground or bool((item[keys.LABEL] > 0).any())
-            room -= sum(value.numel() * value.element_size() for value in item.values() if torch.is_tensor(value))
-            if room >= 0:
+            size = sum(value.numel() * value.element_size() for value in item.values() if torch.is_tensor(value))
+            if size <= room:
                 self._cache[scan] = item
+                room -= size
         if not self.scans:
             first = next(iter(self.quarantine.reasons().values()))
             raise DatalistError(

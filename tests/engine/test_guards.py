@@ -106,10 +106,10 @@ def test_a_healthy_run_is_left_alone_and_so_is_one_healthy_measurement_in_a_wind
 def test_a_learning_rate_that_destroys_the_network_is_noticed_on_a_real_run() -> None:
     method = method_of()
     method.projector = Projector(method.encoder.out_features, out_features=8, norm="none")
+    trainer = trainer_of(method, max_epochs=30, optimizer=torch.optim.SGD(method.parameters(), lr=100.0))
+    NonFiniteGuard().attach(trainer)
+    CollapseGuard(interval=1, window=5, after=5).attach(trainer)
     with pytest.raises(MedclrError, match=r"collapsed|no number"):
-        trainer = trainer_of(method, max_epochs=30, optimizer=torch.optim.SGD(method.parameters(), lr=100.0))
-        NonFiniteGuard().attach(trainer)
-        CollapseGuard(interval=1, window=5, after=5).attach(trainer)
         trainer.run()
 
 

@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+DEMO ?= runs/demo
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +12,7 @@ PYTHONS ?= 3.11 3.12 3.13
 SCRATCH := build/constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint format test test-full test-gpu bench wheel constraints clean
+.PHONY: help env lint format test test-full test-gpu demo bench wheel constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,6 +46,10 @@ test-full: env ## the slow tests, which `make test` leaves out
 
 test-gpu: env ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+demo: env ## the whole of medclr on a synthetic cohort, in a few minutes
+	rm -rf $(DEMO)
+	$(BIN)/medclr demo --output $(DEMO)
 
 bench: env ## run each benchmark and print its figures
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

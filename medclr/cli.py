@@ -164,6 +164,38 @@ def copy_command(
     print(f"Wrote {copy_bundle(name, folder)}; how to run it stands in {folder / 'docs' / 'README.md'}")
 
 
+@app.command("demo")
+def demo_command(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Your own scans (NIfTI); a synthetic cohort if left out.")
+    ] = None,
+    patients: Annotated[str | None, typer.Option(help="Whose the scans are, as for `medclr index`.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Where the masks lie, as for `medclr index`.")] = None,
+    images: Annotated[str | None, typer.Option(help="Which files are scans, as for `medclr index`.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")] = Path("runs/demo"),
+    labelled: Annotated[int, typer.Option(min=1, help="Patients whose masks are used.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of the fine-tuning.")] = 2,
+    pretrain_epochs: Annotated[int, typer.Option(min=1, help="Of 8 draws of each training patient.")] = 8,
+    finetune_epochs: Annotated[int, typer.Option(min=1, help="Of 10 steps.")] = 10,
+) -> None:
+    """Show the whole of medclr in a few minutes: pretrain, segment with and without it, embed, and draw."""
+    from medclr.demo import DemoSettings, run_demo
+
+    run_demo(
+        DemoSettings(
+            output=output,
+            folder=folder,
+            patients=patients,
+            labels=labels,
+            images=images,
+            labelled=labelled,
+            seeds=seeds,
+            pretrain_epochs=pretrain_epochs,
+            finetune_epochs=finetune_epochs,
+        )
+    )
+
+
 def _numbers(text: str, option: str) -> list[int | float]:
     try:
         return [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]

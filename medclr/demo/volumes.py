@@ -1,0 +1,37 @@
+"""What the demo must know of a user's scans before it can configure the bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from medclr.data.datalist import Datalist
+from medclr.keys import IMAGE, LABEL
+
+STRIDE = 8
+"""Voxels of the image to one of SegResNet's coarsest map."""
+LARGEST = 64
+
+
+def fitting_roi(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+    """Voxels of a view that most scans hold: multiples of the network's stride, 24 to 64 along each axis.
+
+    Args:
+        rows: of the datalist; the scans' headers are read, turned to RAS as the bundles do.
+    """
+    shapes = []
+    for row in rows:
+        image = row[IMAGE] if isinstance(row[IMAGE], str) else next(path for path in row[IMAGE] if path)
+        shapes.append(nibabel.as_closest_canonical(nibabel.load(image)).shape[:3])
+    low = np.quantile(np.array(shapes), 0.25, axis=0)
+    x, y, z = (int(min(LARGEST, max(3 * STRIDE, edge // STRIDE * STRIDE))) for edge in low)
+    return x, y, z
+
+
+def count_classes(datalist: Datalist) -> int:
+    """Number of classes with the background: one more than the highest value in any mask."""
+    masks = [row[LABEL] for rows in datalist.sections.values() for row in rows if isinstance(row.get(LABEL), str)]
+    return 1 + max(int(np.asarray(nibabel.load(path).dataobj).max()) for path in masks)

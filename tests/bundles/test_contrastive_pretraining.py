@@ -137,6 +137,30 @@ def test_a_finished_encoder_is_evaluated_on_held_out_patients(
     assert run.parser.get_parsed_content("validate::metric").report["pair_recall"] >= 0
 
 
+def test_an_untrained_encoder_is_evaluated_to_compare_with(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    reports = []
+    for settings in ({}, {"pretrained": None}):
+        run = workflow(
+            ["train.yaml", "evaluate.yaml"],
+            "train",
+            datalist=str(trained[0]),
+            output_dir=str(trained[1]),
+            **settings,
+        )
+        run.initialize()
+        run.run()
+        reports.append(run.parser.get_parsed_content("validate::metric").report)
+    assert reports[0]["effective_rank"] != reports[1]["effective_rank"]
+
+
+def test_embeddings_under_another_preprocessing_are_refused(trained: tuple[Path, Path]) -> None:
+    datalist, output = trained
+    run = workflow(["inference.yaml"], "infer", datalist=str(datalist), output_dir=str(output), orientation="LPS")
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run.initialize()
+    assert "orientation LPS here, RAS in pretraining" in str(find_cause(caught.value))
+
+
 def test_inference_writes_one_row_a_scan(trained: tuple[Path, Path]) -> None:
     datalist, output = trained
     run = workflow(["inference.yaml"], "infer", datalist=str(datalist), output_dir=str(output))

@@ -96,7 +96,7 @@ class SegmentationDataset(Dataset[Any]):
         return len(self.scans)
 
     def __getitem__(self, index: int) -> Any:
-        """One scan, augmented if there is a transform; the next one where it has become unusable, and is quarantined."""
+        """One scan, augmented if there is a transform; the next where it has become unusable, and is quarantined."""
         item = self._find(index)
         return item if self.transform is None else self.transform(item)
 

@@ -139,7 +139,7 @@ def test_a_finished_encoder_is_evaluated_on_held_out_patients(
 
 def test_an_untrained_encoder_is_evaluated_to_compare_with(trained: tuple[Path, Path], tmp_path: Path) -> None:
     reports = []
-    for settings in ({}, {"pretrained": None}):
+    for settings in ({}, {"untrained": True}):
         run = workflow(
             ["train.yaml", "evaluate.yaml"],
             "train",

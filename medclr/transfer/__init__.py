@@ -1,7 +1,7 @@
 """Pretrained encoders at work: what downstream bundles need beside MONAI."""
 
 from medclr.transfer.checkpoint import Settings, load_network
-from medclr.transfer.finetune import FreezeEncoder, checked_roi, initialise
+from medclr.transfer.finetune import FreezeEncoder, checked_roi, initialise, start_from_prior
 from medclr.transfer.inferers import AutocastInferer, needs_scaler
 from medclr.transfer.scans import SegmentationDataset
 
@@ -14,4 +14,5 @@ __all__ = [
     "initialise",
     "load_network",
     "needs_scaler",
+    "start_from_prior",
 ]

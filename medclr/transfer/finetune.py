@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
@@ -49,6 +51,36 @@ def initialise(
     if preprocessing is not None and manifest is not None:
         for difference in manifest.preprocessing_differences(preprocessing.describe()):
             logger.warning("the encoder knows scans that were preprocessed otherwise: %s", difference)
+    return network
+
+
+def start_from_prior(network: nn.Module, shares: Sequence[float]) -> nn.Module:
+    """Let a fresh network score each class by its share of the voxels (the prior of arXiv:1708.02002, section 4.1).
+
+    Otherwise the first steps teach the weights of the last layer, which sees non-negative features, that the classes
+    above the background are rare: they all turn negative, and a class may never come back. With 8 filters that happened
+    to one seed in three, with a Dice of 0 for a class.
+
+    Args:
+        network: whose last convolution gives the scores.
+        shares: of the classes, the background first; each above 0.
+
+    Returns:
+        The network itself.
+
+    Raises:
+        ConfigError: the last convolution has another number of channels, or no bias.
+    """
+    last = next((layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Conv3d)), None)
+    if last is None or last.out_channels != len(shares) or last.bias is None:
+        raise ConfigError(
+            "The network's last convolution does not give the scores of the classes.",
+            got="no convolution" if last is None else f"{last.out_channels} channels, bias {last.bias is not None}",
+            wanted=f"{len(shares)} channels, one a class, with a bias",
+            fix="Set out_channels as in the network, or leave this step out for a network that ends otherwise.",
+        )
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([math.log(share) for share in shares]))
     return network
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from medclr import keys
 from medclr.data import Preprocessing, Quarantine
+from medclr.data.load import plain
 from medclr.errors import ConfigError, DatalistError, ScanError, find_cause
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class SegmentationDataset(Dataset[Any]):
             )
         self.scans: list[int] = []
         self._cache: dict[int, Item] = {}
+        self._voxels = [1] * (out_channels or 1)
         chosen = [n for n, row in enumerate(self.rows) if not self.masked or row.get(keys.LABEL) is not None]
         self.without_mask = len(self.rows) - len(chosen)
         if not chosen and not may_be_empty:
@@ -99,6 +101,10 @@ class SegmentationDataset(Dataset[Any]):
         """One scan, augmented if there is a transform; the next where it has become unusable, and is quarantined."""
         item = self._find(index)
         return item if self.transform is None else self.transform(item)
+
+    def class_shares(self) -> list[float]:
+        """Share of each class of the masks' voxels, the background first; a class that is nowhere counts one voxel."""
+        return [count / sum(self._voxels) for count in self._voxels]
 
     def _find(self, index: int) -> Item:
         first = range(len(self.scans))[index]
@@ -131,7 +137,6 @@ class SegmentationDataset(Dataset[Any]):
         return "\n".join(lines)
 
     def _read_all(self, chosen: Sequence[int], room: float) -> None:
-        foreground = False
         for scan in tqdm(chosen, desc="reading scans", unit="scan", leave=False):
             try:
                 item = self._load(scan)
@@ -140,7 +145,8 @@ class SegmentationDataset(Dataset[Any]):
                 continue
             self.scans.append(scan)
             if self.masked:
-                foreground = foreground or bool((item[keys.LABEL] > 0).any())
+                found = torch.bincount(plain(item[keys.LABEL]).flatten().long(), minlength=len(self._voxels))
+                self._voxels = [old + new for old, new in zip(self._voxels, found.tolist(), strict=True)]
             size = sum(value.numel() * value.element_size() for value in item.values() if torch.is_tensor(value))
             if size <= room:
                 self._cache[scan] = item
@@ -153,7 +159,7 @@ class SegmentationDataset(Dataset[Any]):
                 wanted="at least one readable 3D scan" + (" with its mask" if self.masked else ""),
                 fix="Check the datalist and the folder that it points to.",
             )
-        if self.masked and not foreground:
+        if self.masked and sum(self._voxels[1:]) == len(self._voxels) - 1:
             raise DatalistError(
                 "All masks are empty.",
                 got=f"{len(self.scans)} masks in which every voxel is 0",

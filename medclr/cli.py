@@ -175,8 +175,8 @@ def demo_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")] = Path("runs/demo"),
     labelled: Annotated[int, typer.Option(min=1, help="Patients whose masks are used.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of the fine-tuning.")] = 2,
-    pretrain_epochs: Annotated[int, typer.Option(min=1, help="Of 8 draws of each training patient.")] = 8,
-    finetune_epochs: Annotated[int, typer.Option(min=1, help="Of 10 steps.")] = 10,
+    pretrain_epochs: Annotated[int, typer.Option(min=1, help="Of 8 draws of each training patient.")] = 30,
+    finetune_epochs: Annotated[int, typer.Option(min=1, help="Of 10 steps.")] = 35,
 ) -> None:
     """Show the whole of medclr in a few minutes: pretrain, segment with and without it, embed, and draw."""
     from medclr.demo import DemoSettings, run_demo

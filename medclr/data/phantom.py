@@ -14,6 +14,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -60,6 +61,7 @@ def make_cohort(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     seed: int = 0,
     snps: int = 6,
+    scanners: Sequence[str] = tuple(SCANNERS),
     progress: bool = False,
 ) -> Path:
     """Write a cohort in the folders of the Medical Segmentation Decathlon.
@@ -79,6 +81,8 @@ def make_cohort(
         spacing: millimetres along each axis; it may be anisotropic.
         seed: any whole number.
         snps: number of columns ``snp_1``, ``snp_2``, ...; severity depends on some of them.
+        scanners: names of ``medclr.data.phantom_scan.SCANNERS`` that successive scans of a patient come from; a and b
+            are T1-like, c and d T2-like (MR).
         progress: show a bar on stderr.
 
     Returns:
@@ -94,7 +98,7 @@ def make_cohort(
     """
     low, high = _limits(scans_per_patient)
     _refuse_number("patients", patients, 1)
-    _check(modality, shape, spacing, seed, snps)
+    _check(modality, shape, spacing, seed, snps, scanners)
     root = Path(folder)
     tasks = [
         (patient, scan)
@@ -107,7 +111,8 @@ def make_cohort(
         _make_folders(root)
         shown = track(tasks, "Making scans", console=Console(stderr=True), disable=not progress)
         for patient, scan in shown:
-            made = phantom_scan(patient, scan, modality=modality, shape=shape, spacing=spacing, seed=seed, snps=snps)
+            looks: dict[str, Any] = {"modality": modality, "shape": shape, "spacing": spacing, "scanners": scanners}
+            made = phantom_scan(patient, scan, seed=seed, snps=snps, **looks)
             people[patient] = phantom_patient(patient, seed=seed, snps=snps)
             name = f"imagesTr/{made.columns['patient']}_{scan + 1}.nii.gz"
             _write(made.image, made.affine, root / name)
@@ -173,13 +178,14 @@ def phantom_scan(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     seed: int = 0,
     snps: int = 6,
+    scanners: Sequence[str] = tuple(SCANNERS),
 ) -> PhantomScan:
     """One scan of the cohort as arrays, as :func:`make_cohort` writes it.
 
     Args:
         patient, scan: numbers, from 0. Successive scans are made by different scanners.
-        modality, shape, spacing, seed, snps: as for :func:`make_cohort`. The anatomy depends on none of the first three
-            but for its size in millimetres.
+        modality, shape, spacing, seed, snps, scanners: as for :func:`make_cohort`. The anatomy depends on none of the
+            first three but for its size in millimetres.
 
     Returns:
         image, mask, affine, pose and columns.
@@ -188,16 +194,16 @@ def phantom_scan(
         ConfigError: an argument cannot work.
     """
     _refuse_number("scan", scan, 0)
-    _check(modality, shape, spacing, seed, snps)
+    _check(modality, shape, spacing, seed, snps, scanners)
     person = phantom_patient(patient, seed=seed, snps=snps)
     anatomy = draw_anatomy(_random(seed, patient, "anatomy"), int(person["severity"] or 0))
-    scanners = shuffled(len(SCANNERS), ("phantom", seed, patient, "scanners"))
+    order = shuffled(len(scanners), ("phantom", seed, patient, "scanners"))
     x, y, z = (int(edge) for edge in shape)
     a, b, c = (float(edge) for edge in spacing)
     made = draw_scan(
         anatomy,
         _random(seed, patient, "scan", scan, modality),
-        scanner=list(SCANNERS)[scanners[scan % len(SCANNERS)]],
+        scanner=scanners[order[scan % len(scanners)]],
         modality=modality,
         shape=(x, y, z),
         spacing=(a, b, c),
@@ -236,7 +242,14 @@ def _write_table(rows: Sequence[Cells], path: Path) -> None:
     path.write_text(text.getvalue(), encoding="utf-8")
 
 
-def _check(modality: str, shape: Sequence[int], spacing: Sequence[float], seed: int, snps: int) -> None:
+def _check(
+    modality: str,
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    seed: int,
+    snps: int,
+    scanners: Sequence[str] = tuple(SCANNERS),
+) -> None:
     if modality not in _MODALITIES:
         raise _refused("modality", repr(modality), "mr or ct", "modality")
     if not _three(shape) or not all(_whole(edge) and edge >= _LEAST_VOXELS for edge in shape):
@@ -246,6 +259,8 @@ def _check(modality: str, shape: Sequence[int], spacing: Sequence[float], seed: 
     if not _whole(seed):
         raise _refused("seed", repr(seed), "a whole number", "seed")
     _refuse_number("snps", snps, 0)
+    if isinstance(scanners, str) or not scanners or not set(scanners) <= set(SCANNERS):
+        raise _refused("scanners", scanners, f"names among {', '.join(SCANNERS)}", "scanners")
 
 
 def _limits(scans: int | Sequence[int]) -> tuple[int, int]:

@@ -19,6 +19,10 @@ from medclr.demo.volumes import count_classes, fitting_roi
 from medclr.errors import ConfigError
 from medclr.keys import LABEL, TEST
 
+SHAPE, SPACING = (44, 44, 36), (1.3, 1.3, 1.3)
+"""Of the synthetic cohort: coarse, so that a few minutes of two CPU cores show something."""
+SCANNERS = ("scanner_a", "scanner_b")
+"""T1-like both: to know a patient again across T1 and T2 takes longer than a demo."""
 ARMS = ("pretrained", "scratch")
 
 
@@ -51,10 +55,10 @@ class DemoSettings:
     labels: str | None = None
     images: str | None = None
     synthetic_patients: int = 40
-    pretrain_epochs: int = 8
+    pretrain_epochs: int = 30
     passes: int = 8
-    batch_size: int = 16
-    finetune_epochs: int = 10
+    batch_size: int = 24
+    finetune_epochs: int = 35
     labelled: int = 3
     seeds: int = 2
     init_filters: int = 8
@@ -153,7 +157,16 @@ def _find_scans(settings: DemoSettings, console: Console) -> IndexResult:
     if folder is None:
         folder = settings.output / "cohort"
         _say(console, f"Making {settings.synthetic_patients} synthetic patients in {folder}")
-        patients = str(make_cohort(folder, patients=settings.synthetic_patients, progress=True))
+        patients = str(
+            make_cohort(
+                folder,
+                patients=settings.synthetic_patients,
+                shape=SHAPE,
+                spacing=SPACING,
+                scanners=SCANNERS,
+                progress=True,
+            )
+        )
     _say(console, f"Indexing {folder}")
     assert patients is not None  # DemoSettings has seen to it
     found = index(folder, patients=patients, labels=settings.labels, images=settings.images, progress=True)

@@ -114,7 +114,9 @@ def print_report(console: Console, outcome: Outcome, seconds: float) -> None:
         values = outcome.dice.get(arm)
         if values:
             spread = f", {min(values):.3f} to {max(values):.3f} over {len(values)} seeds" if len(values) > 1 else ""
-            table.add_row(f"Dice of {outcome.unseen} unseen patients, {label}", f"{np.mean(values):.3f}{spread}")
+            table.add_row(
+                f"Dice (mean of classes), {outcome.unseen} unseen patients, {label}", f"{np.mean(values):.3f}{spread}"
+            )
     table.add_row("pictures", "\n".join(map(str, outcome.pictures)))
     table.add_row("encoder", str(outcome.output / "pretraining" / "encoder.safetensors"))
     table.add_row("everything else", str(outcome.output))

@@ -352,3 +352,16 @@ def test_a_texture_has_unit_variance_and_fades_with_blur() -> None:
     spread = [float(waves.at(points, blur).std()) for blur in (0.0, 0.6, 1.2)]
     assert spread[0] == pytest.approx(1, abs=0.03)
     assert spread[0] > spread[1] > spread[2] > 0
+
+
+def test_a_cohort_of_chosen_scanners_comes_from_those_alone() -> None:
+    chosen = [phantom_scan(3, scan, shape=(16, 16, 16), scanners=("scanner_a", "scanner_b")) for scan in range(3)]
+    names = [made.columns["scanner"] for made in chosen]
+    assert set(names) == {"scanner_a", "scanner_b"}
+    assert names[0] == names[2]
+
+
+@pytest.mark.parametrize("scanners", [(), ("scanner_z",), "scanner_a"])
+def test_unknown_scanners_are_refused(scanners: Any) -> None:
+    with pytest.raises(ConfigError, match="scanners"):
+        phantom_scan(0, scanners=scanners)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from medclr.data import Preprocessing
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import Encoder, find_encoder
-from medclr.transfer import FreezeEncoder, checked_roi, initialise
+from medclr.transfer import FreezeEncoder, checked_roi, initialise, start_from_prior
 from medclr.weights import Manifest, save_encoder
 
 FIRST_PART = "convInit.", "down_layers."
@@ -315,3 +316,28 @@ def test_what_is_no_size_is_refused_by_name(size: Any) -> None:
 def test_windows_for_an_unsupported_network_are_refused() -> None:
     with pytest.raises(ConfigError):
         checked_roi((16, 16, 16), UNet(3, 1, 2, channels=(4, 8), strides=(2,)))
+
+
+# The prior of the classes
+
+
+def test_a_fresh_network_scores_classes_by_their_share_of_the_voxels() -> None:
+    network = network_of(out_channels=3)
+    before = snapshot(network)
+    start_from_prior(network, [0.9, 0.08, 0.02])
+    torch.testing.assert_close(network.conv_final[2].conv.bias.softmax(0), torch.tensor([0.9, 0.08, 0.02]))
+    assert changed(network, before) == {"conv_final.2.conv.bias"}
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: network_of(out_channels=2), "2 channels"),
+        (lambda: nn.Conv3d(1, 3, 1, bias=False), "bias False"),
+        (lambda: nn.Linear(1, 3), "no convolution"),
+    ],
+)
+def test_a_network_that_ends_otherwise_is_refused(make: Callable[[], nn.Module], got: str) -> None:
+    with pytest.raises(ConfigError, match="last convolution") as caught:
+        start_from_prior(make(), [0.9, 0.08, 0.02])
+    assert got in str(caught.value)

@@ -363,6 +363,23 @@ def test_where_all_scans_vanish_the_run_says_so(write_scan: WriteScan) -> None:
         dataset[0]
 
 
+def test_shares_of_the_classes_are_those_of_all_masks_and_never_zero(write_scan: WriteScan) -> None:
+    rows = []
+    for number, voxels in enumerate((100, 28)):
+        mask = np.zeros((8, 8, 8), np.uint8)
+        mask.reshape(-1)[:voxels] = 1 + number
+        rows.append(
+            {
+                "image": write_scan(f"image{number}", noise((8, 8, 8), number)),
+                "label": write_scan(f"label{number}", mask),
+                "patient_id": f"{number}",
+            }
+        )
+    shares = SegmentationDataset(rows, Preprocessing(MASKED), out_channels=4).class_shares()
+    expected = np.array([1024 - 128, 100, 28, 0]) + 1
+    np.testing.assert_allclose(shares, expected / expected.sum())
+
+
 # Sections that cannot be used
 
 

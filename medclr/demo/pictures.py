@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from medclr import keys
 
 # Colours of Okabe and Ito, which stay apart in grey and for colour-blind eyes; lines differ in style as well.
-TRUTH, PRETRAINED, SCRATCH = "#F0E442", "#56B4E9", "#D55E00"
+TRUTH, PRETRAINED, SCRATCH = "#F0E442", "#56B4E9", "#E69F00"
 MARKERS = "osD^vP*X<>hp"
 SHOWN_PATIENTS = 10
 
@@ -52,7 +52,9 @@ def draw_slices(path: Path, cases: Sequence[Case]) -> None:
                     part = (mask[:, :, depth] >= level).T
                     if part.any() and not part.all():
                         line = style if level == 1 else "dashed"
-                        place.contour(part, [0.5], colors=colour, linewidths=1.6, linestyles=line)
+                        # On a dark edge, so that it stands out from light and dark tissue alike, also in grey.
+                        place.contour(part, [0.5], colors="black", linewidths=3.6, linestyles="solid")
+                        place.contour(part, [0.5], colors=colour, linewidths=1.8, linestyles=line)
             overlap = "" if mask is None or title == "truth" else f", Dice {_dice(mask, truth):.2f}"
             place.set_title(title + overlap, fontsize=9)
             place.set_axis_off()

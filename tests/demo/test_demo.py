@@ -63,7 +63,7 @@ def test_slices_show_truth_and_both_predictions_in_colour(tmp_path: Path) -> Non
     label = Path(row["label"])
     draw_slices(tmp_path / "a.png", [Case("unseen patient 1", Path(row["image"]), label, label, label)])
     picture = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
-    for colour in ("#F0E442", "#56B4E9", "#D55E00"):
+    for colour in ("#F0E442", "#56B4E9", "#E69F00"):
         wanted = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
         assert (np.abs(picture - wanted).max(axis=-1) < 0.02).sum() > 50, colour
 

@@ -235,6 +235,41 @@ def test_a_run_without_held_out_patients_trains(
     assert (tmp_path / "encoder.safetensors").exists()
 
 
+def test_a_run_is_stopped_by_a_loss_that_is_no_number_and_says_what_to_change(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path), "val_interval": 0, "max_epochs": 20}
+    run = workflow(["train.yaml"], "train", learning_rate=1e30, **settings)
+    run.initialize()
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run.run()
+    assert "The loss is no number" in str(find_cause(caught.value))
+    assert not (tmp_path / "encoder.safetensors").exists()
+
+
+def test_a_run_whose_embeddings_collapse_is_stopped(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path), "val_interval": 0, "max_epochs": 4}
+    quick = {"_target_": "medclr.engine.CollapseGuard", "interval": 1, "window": 3, "after": 0}
+    dead = "$torch.nn.init.zeros_(@network_def.projector.layers[3].weight)"
+    first = ["$medclr.launch.begin()", dead, "$@collapse.attach(@train::trainer)"]
+    run = workflow(["train.yaml"], "train", collapse=quick, initialize=first, learning_rate=0.0, **settings)
+    run.initialize()
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run.run()
+    assert "The embeddings have collapsed" in str(find_cause(caught.value))
+
+
+def test_a_small_batch_is_pointed_out(
+    trained: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path), "val_interval": 0, "max_epochs": 1}
+    run = workflow(["train.yaml"], "train", **settings)
+    run.initialize()
+    with caplog.at_level(logging.WARNING):
+        run.run()
+    assert any("contrasted with 3 others" in message for message in caplog.messages)
+
+
 def test_a_bad_scan_is_quarantined_and_the_run_goes_on(
     cohort_rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

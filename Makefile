@@ -3,7 +3,6 @@ PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
-DEMO ?= runs/demo
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -48,13 +47,14 @@ test-gpu: env ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
 demo: env ## the whole of medclr on a synthetic cohort, in a few minutes
-	rm -rf $(DEMO)
-	$(BIN)/medclr demo --output $(DEMO)
+	rm -rf runs/demo
+	$(BIN)/medclr demo --output runs/demo
 
 bench: env ## run each benchmark and print its figures
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 wheel: env ## build a wheel into dist/
+	rm -rf build
 	$(BIN)/python -m build --wheel
 
 constraints: ## resolve all dependencies anew and write constraints.txt

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,9 +72,9 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
     """Names and values of ``--name value`` and ``--name=value``, read as MONAI's command line reads them."""
     options: dict[str, Any] = {}
     for place, argument in enumerate(arguments):
-        if not argument.startswith("--"):
+        if not re.match(r"--?[A-Za-z]", argument):
             continue
-        name, equals, value = argument[2:].partition("=")
+        name, equals, value = argument.lstrip("-").partition("=")
         if not equals:
             value = arguments[place + 1] if place + 1 < len(arguments) else ""
         options[name.replace("-", "_")] = fire.parser.DefaultParseValue(value)

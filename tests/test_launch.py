@@ -42,6 +42,7 @@ def test_keys_of_the_configuration_and_of_monai_pass(arguments: list[str]) -> No
         ("--train::trainr::max_epochs", "configuration"),
         ("--intensity::99::probability", "configuration"),
         ("--outputdir=elsewhere", "output_dir"),
+        ("-max_epoch", "max_epochs"),
     ],
 )
 def test_a_key_that_no_configuration_has_is_refused_with_those_it_resembles(option: str, hint: str) -> None:

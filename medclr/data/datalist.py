@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,11 @@ class Datalist:
     def patients(self, section: str) -> list[str]:
         """The patients of a section in order of first appearance."""
         return list(dict.fromkeys(row[PATIENT_ID] for row in self.section(section)))
+
+    def repeats(self, section: str) -> int:
+        """How many patients of a section have two scans or more; 0 for a section that is not there."""
+        counts = Counter(row[PATIENT_ID] for row in self.sections.get(section, []))
+        return sum(count > 1 for count in counts.values())
 
     def digest(self) -> str:
         """Sha256 (hex) of the rows with relative paths: the same after the folder has moved or keys were reordered."""

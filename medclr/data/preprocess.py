@@ -54,7 +54,7 @@ class Preprocessing(Compose):
         intensity: a transform of one channel (1, X, Y, Z), applied to every present channel by itself. The default
             maps the 0.5th and 99.5th percentile of the volume to 0 and 1 and clips, which suits MR; for CT give a
             window: ``monai.transforms.ScaleIntensityRange(-1000, 400, 0, 1, clip=True)``.
-        reader: a MONAI image reader, or the name of one; MONAI chooses by file type if None.
+        reader: a MONAI image reader, or the name of one; ``NibabelReader`` if None, ``ITKReader`` for NRRD.
 
     Raises:
         ConfigError: at construction, for unusable settings.

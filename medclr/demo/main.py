@@ -13,7 +13,7 @@ from medclr.data.index import IndexResult, index
 from medclr.data.phantom import make_cohort
 from medclr.data.splits import make_splits
 from medclr.demo.pictures import draw_embeddings, draw_slices
-from medclr.demo.report import Outcome, cases_of, print_report
+from medclr.demo.report import ARMS, Outcome, cases_of, print_report
 from medclr.demo.stages import run_bundle
 from medclr.demo.volumes import count_classes, fitting_roi
 from medclr.errors import ConfigError
@@ -23,7 +23,6 @@ SHAPE, SPACING = (44, 44, 36), (1.3, 1.3, 1.3)
 """Of the synthetic cohort: coarse, so that a few minutes of two CPU cores show something."""
 SCANNERS = ("scanner_a", "scanner_b")
 """T1-like both: to know a patient again across T1 and T2 takes longer than a demo."""
-ARMS = ("pretrained", "scratch")
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,13 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> Outcome:
     console = console or Console()
     start = time.perf_counter()
     output = settings.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            "The demo does not write over an earlier one.",
+            got=f"{output}, which is not empty",
+            wanted="a folder that is new or empty",
+            fix="Remove it, or name another: --output FOLDER.",
+        )
     found = _find_scans(settings, console)
     labelled = any(row.get(LABEL) for row in found.datalist.training)
     roi = fitting_roi(found.datalist.training)
@@ -108,7 +114,6 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> Outcome:
     _say(
         console, f"Pretraining without labels on {len(splits[''].patients('training'))} patients, views of {roi} voxels"
     )
-    pairs = any(count > 1 for count in _scans_a_patient(splits[""]))
     pretraining = output / "pretraining"
     run_bundle(
         console,
@@ -120,8 +125,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> Outcome:
         batch_size=min(settings.batch_size, len(splits[""].patients("training"))),
         passes=settings.passes,
         max_epochs=settings.pretrain_epochs,
-        val_interval=settings.pretrain_epochs,
-        val_metric="pair_recall" if pairs else "effective_rank",
+        val_interval=settings.pretrain_epochs if len(splits[""].validation) > 1 else 0,
         log_interval=2,
         **shared,
     )
@@ -183,6 +187,13 @@ def _split(datalist: Datalist, settings: DemoSettings, labelled: bool, console: 
     splits = make_splits(
         datalist, fractions=(0.6, 0.15, 0.25), labelled=[settings.labelled] if labelled else (), seed=0
     )
+    if labelled and not any(row.get(LABEL) for row in splits[""].test):
+        raise ConfigError(
+            "No patient of the test section has a mask.",
+            got=f"{sum(1 for row in datalist.training if row.get(LABEL))} masks in all",
+            wanted="masks of most patients, so that some remain for the evaluation",
+            fix="Add masks, or leave all of them out to see the pretraining alone.",
+        )
     parts = [f"{len(splits[''].patients(name))} for {name}" for name in splits[""].sections]
     console.print(f"Split by patient: {', '.join(parts)}; masks of {settings.labelled} patients are used to fine-tune")
     return splits
@@ -209,11 +220,6 @@ def _fine_tune(
                 seed=seed,
                 **shared,
             )
-
-
-def _scans_a_patient(datalist: Datalist) -> list[int]:
-    rows = datalist.validation
-    return [sum(row["patient_id"] == name for row in rows) for name in {row["patient_id"] for row in rows}]
 
 
 def _say(console: Console, text: str) -> None:

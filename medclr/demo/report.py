@@ -19,6 +19,8 @@ from medclr.demo.pictures import Case
 from medclr.keys import IMAGE, LABEL, PATIENT_ID
 
 SHOWN_CASES = 3
+ARMS = ("pretrained", "scratch")
+"""What is compared: the same fine-tuning with and without the pretrained encoder."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Outcome:
     Args:
         patients: in all.
         scans: in all.
-        unseen: patients of the test section.
+        unseen: patients of the test section that Dice was measured on.
         seconds_a_step: of pretraining, without validation.
         recall_before, recall_after: pair recall on validation patients: (mean, low, high) of an untrained and of the
             pretrained encoder; None where no validation patient has two scans.
@@ -60,21 +62,18 @@ class Outcome:
             curves = [[point.value for point in events.Scalars(f"validation/{name}")] for name in names]
             recall = [(curves[0][place], curves[1][place], curves[2][place]) for place in (0, -1)]
         counts = split.summary()
+        tables = {
+            arm: [json.loads((output / f"{arm}_{seed}" / "dice_test.json").read_text()) for seed in range(seeds)]
+            for arm in (ARMS if seeds else ())
+        }
         return cls(
             patients=sum(part["patients"] for part in counts.values()),
             scans=sum(part["scans"] for part in counts.values()),
-            unseen=counts["test"]["patients"],
+            unseen=tables[ARMS[0]][0]["patients"] if tables else counts["test"]["patients"],
             seconds_a_step=float(np.median(gaps)) if gaps else float("nan"),
             recall_before=recall[0] if recall else None,
             recall_after=recall[1] if recall else None,
-            dice={
-                arm: [
-                    json.loads((output / f"{arm}_{seed}" / "dice_test.json").read_text())["mean"]
-                    for seed in range(seeds)
-                ]
-                for arm in ("pretrained", "scratch")
-                if seeds
-            },
+            dice={arm: [part["mean"] for part in parts if part["mean"] is not None] for arm, parts in tables.items()},
             pictures=pictures,
             output=output,
         )
@@ -91,7 +90,7 @@ def cases_of(split: Datalist, output: Path) -> list[Case]:
         image = Path(row[IMAGE] if isinstance(row[IMAGE], str) else next(path for path in row[IMAGE] if path))
         name = image.name.removesuffix(".gz").removesuffix(".nii") + "_seg.nii.gz"
         place = Path(os.path.relpath(image, split.root)).parent / name
-        files = [output / f"{arm}_0" / "predictions" / place for arm in ("pretrained", "scratch")]
+        files = [output / f"{arm}_0" / "predictions" / place for arm in ARMS]
         cases.append(Case(f"unseen patient {number + 1}", image, Path(row[LABEL]), *files))
     return cases
 

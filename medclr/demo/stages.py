@@ -55,7 +55,7 @@ def run_bundle(console: Console, bundle: str, configs: Sequence[str], log: Path,
             f"The run of {bundle} failed.",
             got=f"exit code {done.returncode}; its last lines are above",
             wanted="a run that ends",
-            fix=f"Follow the advice above; the log is {log}.",
+            fix=f"Follow the advice above; what went before is in {log}.",
         )
 
 

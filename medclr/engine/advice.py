@@ -64,7 +64,7 @@ class Advice:
                 rule = type(self.dataset.rule).__name__
                 logger.warning(
                     f"{patients - paired} of {patients} patients have no second scan for {rule}: their pairs are two "
-                    "crops of one scan. Add scans, or set pair_rule: SameScan to treat all alike."
+                    "crops of one scan. Add scans, or treat all alike: --pair_rule::_target_ medclr.pairs.SameScan."
                 )
 
     def step(self, engine: Engine) -> None:

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from medclr import distributed, keys
+from medclr import distributed
+from medclr.engine.guards import projections_of
 from medclr.engine.metrics import EmbeddingMetric, alignment, dimension_std, effective_rank, uniformity
 from medclr.engine.trainer import VIEWS
 from medclr.errors import ConfigError
@@ -95,9 +96,7 @@ class ContrastLog:
     def log(self, engine: Engine) -> None:
         """One point of each curve."""
         output = engine.state.output
-        projections = (
-            output[CommonKeys.PRED].get(keys.PROJECTIONS) if isinstance(output[CommonKeys.PRED], Mapping) else None
-        )
+        projections = projections_of(output)
         values = {name: float(value) for name, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
         values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         view = output[CommonKeys.IMAGE]
@@ -115,6 +114,7 @@ class ContrastLog:
         assert self.writer is not None
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, engine.state.iteration)
+        self.writer.flush()  # a guard may stop the run, and these are the curves that show why
 
     def draw(self, engine: Engine) -> None:
         """Both views of the first patients of the batch: middle slices, view 1 above view 2."""

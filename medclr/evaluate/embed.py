@@ -136,6 +136,7 @@ class EmbeddingTable:
 
     def attach(self, engine: Engine) -> None:
         """Collect after each batch, write at the end."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.features.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 

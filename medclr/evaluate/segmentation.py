@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.metrics import compute_dice
-from monai.networks.utils import one_hot
 from monai.utils.enums import CommonKeys
 from numpy.typing import NDArray
 from torch import Tensor
@@ -57,10 +55,11 @@ def dice_by_class(prediction: Tensor, mask: Tensor, classes: int) -> NDArray[np.
             wanted=f"classes 0 to {classes - 1}",
             fix="Set out_channels to the number of classes in the masks, with the background.",
         )
-    pair = [one_hot(image[None, None].long(), classes) for image in (prediction, mask)]
-    dice = compute_dice(pair[0], pair[1], include_background=False, ignore_empty=False)[0].double()
-    absent = ~(pair[0] + pair[1])[0, 1:].flatten(1).any(dim=1)
-    return torch.where(absent, torch.nan, dice).numpy()
+    # One count a pair of classes: one-hot volumes of a whole scan may take gigabytes.
+    joint = torch.bincount((mask.long() * classes + prediction.long()).flatten(), minlength=classes**2)
+    table = joint.reshape(classes, classes).double()
+    size = table.sum(dim=0) + table.sum(dim=1)
+    return torch.where(size > 0, 2 * table.diagonal() / size, torch.nan)[1:].numpy()
 
 
 def dice_summary(patients: Sequence[str], dice: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def dice_summary(patients: Sequence[str], dice: NDArray[np.float64], names: Sequ
         names: of the classes.
 
     Returns:
-        ``patients``, ``scans``, ``mean``, ``low``, ``high``, and ``classes``: for each its ``patients``, ``mean``,
+        ``patients`` (those who have any of the classes), ``scans``, ``mean``, ``low``, ``high``, and ``classes``: for each its ``patients``, ``mean``,
         ``low``, ``high``. Numbers are None where no patient has the class.
 
     Example:
@@ -85,10 +84,11 @@ def dice_summary(patients: Sequence[str], dice: NDArray[np.float64], names: Sequ
     unique = list(dict.fromkeys(patients))
     owner = np.array([unique.index(patient) for patient in patients])
     table = np.array([_nanmean(dice[owner == place], axis=0) for place in range(len(unique))])
+    means = _nanmean(table, axis=1)
     return {
-        "patients": len(unique),
+        "patients": int(np.isfinite(means).sum()),
         "scans": len(patients),
-        **_interval(_nanmean(table, axis=1)),
+        **_interval(means),
         "classes": {
             name: {"patients": int(np.isfinite(column).sum()), **_interval(column)}
             for name, column in zip(names, table.T, strict=True)

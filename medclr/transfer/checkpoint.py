@@ -24,7 +24,7 @@ class Settings:
     """How scans were preprocessed and which encoder the network has: plain values that travel in a checkpoint.
 
     Has a ``state_dict``, so that MONAI's ``CheckpointSaver`` takes it beside the network:
-    ``save_dict: {network: '@network', settings: '@settings'}``.
+    ``save_dict: {network: '@network_def', settings: '@settings'}``.
 
     Args:
         preprocessing: how scans are loaded and normalised; which files it loads does not count.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -15,6 +17,7 @@ from medclr.data import Preprocessing
 from medclr.data.crops import checked_size
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import find_encoder
+from medclr.models.encoder import refuse_unsafe_bf16
 from medclr.weights import find_manifest, load_encoder
 
 logger = logging.getLogger(__name__)
@@ -127,15 +130,23 @@ class FreezeEncoder:
             parameter.requires_grad_(True)
 
 
-def checked_roi(roi_size: Sequence[int], network: nn.Module) -> tuple[int, int, int]:
+def checked_roi(
+    roi_size: Sequence[int],
+    network: nn.Module,
+    device: str | torch.device = "cpu",
+    autocast: AbstractContextManager[Any] | None = None,
+) -> tuple[int, int, int]:
     """The window as a tuple, if the network can take it.
 
     Args:
         roi_size: voxels (X, Y, Z).
         network: a supported MONAI network, or what holds one.
+        device: where it will train.
+        autocast: the context that it will train in; None where it only predicts.
 
     Raises:
-        ConfigError: unless each edge is a multiple of the encoder's stride, and larger than it.
+        ConfigError: unless each edge is a multiple of the encoder's stride, and larger than it; or where gradients
+            would be wrong (see :func:`medclr.models.encoder.refuse_unsafe_bf16`).
     """
     size = checked_size("roi_size", roi_size)
     stride = find_encoder(network).stride
@@ -147,5 +158,9 @@ def checked_roi(roi_size: Sequence[int], network: nn.Module) -> tuple[int, int, 
             wanted=f"multiples of {list(stride)}, and larger than that",
             fix=f"For example roi_size: {fitting}.",
         )
+    if autocast is not None:
+        with autocast, torch.enable_grad():
+            coarsest = [edge // step for edge, step in zip(size, stride, strict=True)]
+            refuse_unsafe_bf16(torch.device(device), coarsest)
     x, y, z = size
     return x, y, z

@@ -17,7 +17,8 @@ from medclr.errors import ConfigError
 class AutocastInferer(Inferer):
     """Run another inferer inside an autocast context; the network sees plain tensors, the prediction is float32.
 
-    So loss and metrics are computed in float32 outside of the context, on any device, in training and validation.
+    So loss and metrics are computed in float32 outside of the context (but for fp16, where MONAI has a context of its
+    own), on any device, in training and validation.
 
     Args:
         inferer: what runs the network.

@@ -159,7 +159,7 @@ class SegmentationDataset(Dataset[Any]):
                 wanted="at least one readable 3D scan" + (" with its mask" if self.masked else ""),
                 fix="Check the datalist and the folder that it points to.",
             )
-        if self.masked and sum(self._voxels[1:]) == len(self._voxels) - 1:
+        if self.masked and all(count == 1 for count in self._voxels[1:]):
             raise DatalistError(
                 "All masks are empty.",
                 got=f"{len(self.scans)} masks in which every voxel is 0",

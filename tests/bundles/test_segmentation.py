@@ -137,6 +137,25 @@ def test_a_frozen_encoder_is_the_pretrained_one_after_training(
     assert not (tmp_path / "best.pt").exists()
 
 
+def test_an_encoder_from_scratch_is_never_frozen(datalist: Path, tmp_path: Path) -> None:
+    states = []
+    for steps in (0, 4):
+        output = tmp_path / str(steps)
+        run(["train.yaml"], "train", datalist=str(datalist), output_dir=str(output), val_interval=0, freeze_steps=steps)
+        states.append(weights_of(output / "last.pt"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_training_and_evaluation_in_one_run_give_what_two_runs_give(datalist: Path, tmp_path: Path) -> None:
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    settings = {"datalist": str(datalist), "val_interval": 0}
+    run(["train.yaml", "evaluate.yaml", "train_evaluate.yaml"], "train", output_dir=str(together), **settings)
+    run(["train.yaml"], "train", output_dir=str(apart), **settings)
+    run(["train.yaml", "evaluate.yaml"], "train", output_dir=str(apart), predictions=str(apart / "masks"), **settings)
+    assert (together / "dice_test.csv").read_text() == (apart / "dice_test.csv").read_text()
+    assert len(list((apart / "masks").rglob("*_seg.nii.gz"))) == 2
+
+
 def test_pretraining_and_scratch_differ_in_the_encoder_alone_at_the_start(
     datalist: Path, pretrained: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,19 @@ def test_own_scans_need_to_say_whose_they_are(tmp_path: Path) -> None:
         DemoSettings(output=tmp_path, folder=tmp_path)
 
 
+def test_an_earlier_demo_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "split.json").write_text("{}")
+    with pytest.raises(ConfigError, match="earlier one"):
+        run_demo(DemoSettings(output=tmp_path))
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
+    (row,) = rows_of(tmp_path, [(10, 10, 10)])
+    nibabel.save(nibabel.Nifti1Image(np.full((10, 10, 10), 255, np.uint8), np.eye(4)), row["label"])
+    with pytest.raises(ConfigError, match="very many classes"):
+        count_classes(Datalist({"training": [row]}, tmp_path))
+
+
 @pytest.mark.parametrize("name", ["seeds", "labelled", "pretrain_epochs"])
 def test_unusable_counts_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -318,6 +318,21 @@ def test_windows_for_an_unsupported_network_are_refused() -> None:
         checked_roi((16, 16, 16), UNet(3, 1, 2, channels=(4, 8), strides=(2,)))
 
 
+@pytest.mark.parametrize(("precision", "refused"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_window_that_bf16_trains_wrongly_on_the_cpu_is_refused(precision: torch.dtype, refused: bool) -> None:
+    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    stride = find_encoder(network_of()).stride
+    small = [2 * step for step in stride]
+    large = [3 * step for step in stride]
+    assert checked_roi(large, network_of(), "cpu", autocast) == tuple(large)
+    assert checked_roi(small, network_of()) == tuple(small)
+    if refused:
+        with pytest.raises(ConfigError, match="bf16"):
+            checked_roi(small, network_of(), "cpu", autocast)
+    else:
+        assert checked_roi(small, network_of(), "cpu", autocast) == tuple(small)
+
+
 # The prior of the classes
 
 

@@ -73,8 +73,8 @@ def dice_summary(patients: Sequence[str], dice: NDArray[np.float64], names: Sequ
         names: of the classes.
 
     Returns:
-        ``patients`` (those who have any of the classes), ``scans``, ``mean``, ``low``, ``high``, and ``classes``: for each its ``patients``, ``mean``,
-        ``low``, ``high``. Numbers are None where no patient has the class.
+        ``patients`` (those who have any of the classes), ``scans``, ``mean``, ``low``, ``high``, and ``classes``: for
+        each its ``patients``, ``mean``, ``low``, ``high``. Numbers are None where no patient has the class.
 
     Example:
         >>> summary = dice_summary(["a", "a", "b"], np.array([[0.8], [0.6], [0.9]]), ["lesion"])

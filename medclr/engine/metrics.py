@@ -164,10 +164,10 @@ class EmbeddingMetric(Metric):
         self._patients: list[Tensor] = []
 
     def update(self, output: tuple[Tensor, Tensor]) -> None:
-        """Collect one batch: embeddings (B, F) and patients (B,)."""
-        embeddings, patients = output
-        self._embeddings.append(embeddings.detach().float().cpu())
-        self._patients.append(patients.detach().cpu().flatten())
+        """Collect one batch: embeddings (B, F) and patients (B,); a row whose patient is below 0 stands for no scan."""
+        patients = output[1].detach().cpu().flatten()
+        self._embeddings.append(output[0].detach().float().cpu()[patients >= 0])
+        self._patients.append(patients[patients >= 0])
 
     def compute(self) -> float:
         """The number named ``key``; ``report`` holds all of them."""

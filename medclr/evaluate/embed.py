@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from medclr import keys
 from medclr.data.crops import checked_size
 from medclr.data.scans import ScanReader
-from medclr.errors import ConfigError, DatalistError
+from medclr.errors import ConfigError, DatalistError, ScanError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class ScanDataset(Dataset[dict[str, Any]]):
         DatalistError: if no scan can be used.
 
     Items are dictionaries with ``image`` (C, X, Y, Z), ``label`` (), the patient's place among the patients, and
-    ``scan`` (), the row's place in the datalist.
+    ``scan`` (), the row's place in the datalist. A scan that has become unusable since is quarantined; its item is a
+    single black voxel with ``label`` and ``scan`` -1, which metrics and tables leave out.
     """
 
     def __init__(self, datalist: Sequence[Mapping[str, Any]], reader: ScanReader, *, allow_empty: bool = False) -> None:
@@ -65,7 +66,12 @@ class ScanDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One preprocessed scan."""
         scan = self.scans[index]
-        volume = self.reader.read(scan, self.rows[scan])
+        try:
+            volume = self.reader.read(scan, self.rows[scan])
+        except ScanError:  # the reader has quarantined it
+            files = self.rows[scan][keys.IMAGE]
+            black = torch.zeros(len(files) if isinstance(files, (list, tuple)) else 1, 1, 1, 1)
+            return {keys.IMAGE: black, keys.LABEL: torch.tensor(-1), keys.SCAN: torch.tensor(-1)}
         return {
             keys.IMAGE: volume.image,
             keys.LABEL: torch.tensor(self.patients[scan]),
@@ -74,7 +80,8 @@ class ScanDataset(Dataset[dict[str, Any]]):
 
     def summary(self) -> str:
         """Scans used and quarantined."""
-        return f"{len(self.scans)} scans embedded, {len(self.rows) - len(self.scans)} quarantined"
+        bad = len(self.reader.failed)
+        return f"{len(self.rows) - bad} scans embedded, {bad} quarantined"
 
 
 class WindowEmbedder(Inferer):
@@ -144,7 +151,7 @@ class EmbeddingTable:
         """Keep the features of one batch."""
         scans = engine.state.batch[keys.SCAN].flatten().tolist()
         rows = engine.state.output[CommonKeys.PRED].float().cpu().tolist()
-        self.features.update(zip(scans, rows, strict=True))
+        self.features.update({scan: row for scan, row in zip(scans, rows, strict=True) if scan >= 0})
 
     def write(self, engine: Engine) -> None:
         """Write the table and say where it is."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import itertools
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from medclr.data import Preprocessing, Quarantine, ScanReader
+from medclr.engine import EmbeddingMetric
 from medclr.errors import ConfigError, DatalistError
 from medclr.evaluate import EmbeddingTable, ScanDataset, WindowEmbedder
 
@@ -234,3 +237,25 @@ def test_the_table_names_no_files_and_the_log_no_patients(
     assert ".nii" not in (tmp_path / "table.csv").read_text()
     assert "9 scans embedded, 0 quarantined; 3 features each" in caplog.text
     assert "patient 0" not in caplog.text
+
+
+def test_a_scan_that_vanishes_later_is_quarantined_and_left_out(cohort: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = [{**row, "image": str(shutil.copy(row["image"], tmp_path / f"{n}.nii.gz"))} for n, row in enumerate(cohort)]
+    dataset = ScanDataset(rows, ScanReader(Preprocessing(), cache_mb=0))
+    Path(rows[3]["image"]).unlink()
+    metric, table = EmbeddingMetric("effective_rank"), EmbeddingTable(tmp_path / "embeddings.csv", dataset)
+    embed = WindowEmbedder((16, 16, 16))
+
+    def step(engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
+        features = embed(batch["image"], lambda image: image.flatten(1)[:, ::500])
+        return {"pred": features, "label": batch["label"]}
+
+    engine = Engine(step)
+    metric.attach(engine, "rank")
+    table.attach(engine)
+    engine.run(DataLoader(dataset, batch_size=1))
+    with (tmp_path / "embeddings.csv").open() as file:
+        assert [int(row["scan"]) for row in csv.DictReader(file)] == [n for n in range(len(rows)) if n != 3]
+    assert sum(map(len, metric._patients)) == len(rows) - 1
+    assert dataset.summary() == f"{len(rows) - 1} scans embedded, 1 quarantined"
+    assert list(dataset.reader.quarantine.reasons()) == [3]

@@ -38,5 +38,7 @@ SCAN: Final = "scan"
 """(B, 2) the row of each view's scan in the datalist."""
 
 LOSS: Final = "loss"
+PLATEAU: Final = "plateau"
+"""The loss of embeddings that tell nothing apart."""
 FEATURES: Final = "features"
 PROJECTIONS: Final = "projections"

@@ -195,7 +195,8 @@ def _split(datalist: Datalist, settings: DemoSettings, labelled: bool, console: 
             fix="Add masks, or leave all of them out to see the pretraining alone.",
         )
     parts = [f"{len(splits[''].patients(name))} for {name}" for name in splits[""].sections]
-    console.print(f"Split by patient: {', '.join(parts)}; masks of {settings.labelled} patients are used to fine-tune")
+    masks = f"; masks of {settings.labelled} patients are used to fine-tune" if labelled else ""
+    console.print(f"Split by patient: {', '.join(parts)}{masks}")
     return splits
 
 

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from medclr import keys
 
-# Colours of Okabe and Ito, which stay apart in grey and for colour-blind eyes; lines differ in style as well.
+# Colours of Okabe and Ito, which colour-blind eyes tell apart.
 TRUTH, PRETRAINED, SCRATCH = "#F0E442", "#56B4E9", "#E69F00"
 MARKERS = "osD^vP*X<>hp"
 SHOWN_PATIENTS = 10
@@ -39,19 +39,19 @@ def draw_slices(path: Path, cases: Sequence[Case]) -> None:
         image, truth = _voxels(case.image), _voxels(case.truth)
         depth = int(np.argmax((truth > 0).sum(axis=(0, 1))))
         low, high = np.percentile(image, [0.5, 99.5])
-        outlines: list[tuple[str, NDArray[Any] | None, str, str]] = [
-            (case.title, None, "", ""),
-            ("truth", truth, TRUTH, "solid"),
-            ("pretrained", _voxels(case.pretrained), PRETRAINED, "solid"),
-            ("from scratch", _voxels(case.scratch), SCRATCH, "solid"),
+        outlines: list[tuple[str, NDArray[Any] | None, str]] = [
+            (case.title, None, ""),
+            ("truth", truth, TRUTH),
+            ("pretrained", _voxels(case.pretrained), PRETRAINED),
+            ("from scratch", _voxels(case.scratch), SCRATCH),
         ]
-        for place, (title, mask, colour, style) in zip(row, outlines, strict=True):
+        for place, (title, mask, colour) in zip(row, outlines, strict=True):
             place.imshow(image[:, :, depth].T, cmap="gray", vmin=low, vmax=high, origin="lower")
             if mask is not None:
                 for level in np.unique(mask[mask > 0]):
                     part = (mask[:, :, depth] >= level).T
                     if part.any() and not part.all():
-                        line = style if level == 1 else "dashed"
+                        line = "solid" if level == 1 else "dashed"
                         # On a dark edge, so that it stands out from light and dark tissue alike, also in grey.
                         place.contour(part, [0.5], colors="black", linewidths=3.6, linestyles="solid")
                         place.contour(part, [0.5], colors=colour, linewidths=1.8, linestyles=line)
@@ -75,9 +75,8 @@ def draw_embeddings(path: Path, table: Path) -> None:
     points = model.transform(features)
     patients = np.array([row[keys.PATIENT_ID] for row in rows])
     unique, counts = np.unique(patients, return_counts=True)
-    chosen = [
-        name for name in unique[np.argsort(-counts, kind="stable")][:SHOWN_PATIENTS] if (patients == name).sum() > 1
-    ]
+    order = np.argsort(-counts, kind="stable")[:SHOWN_PATIENTS]
+    chosen = list(unique[order[counts[order] > 1]])
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.subplots()
     for name in unique:
@@ -85,7 +84,7 @@ def draw_embeddings(path: Path, table: Path) -> None:
         if name in chosen:
             number = chosen.index(name)
             style: dict[str, Any] = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "zorder": 3}
-            axes.plot(*part.T, linewidth=1.2, markersize=8, label=f"{len(part)} scans", **style)
+            axes.plot(*part.T, linewidth=1.2, markersize=8, **style)
         else:
             axes.plot(*part.T, color="0.75", marker=".", linewidth=0.8, zorder=2)
     shares = model.explained_variance_ratio_

@@ -16,11 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from medclr.data.datalist import Datalist
 from medclr.demo.pictures import Case
-from medclr.keys import IMAGE, LABEL, PATIENT_ID
+from medclr.demo.volumes import first_image
+from medclr.keys import LABEL, PATIENT_ID
 
 SHOWN_CASES = 3
-ARMS = ("pretrained", "scratch")
-"""What is compared: the same fine-tuning with and without the pretrained encoder."""
+ARMS = {"pretrained": "with pretraining", "scratch": "from scratch"}
+"""What is compared, by the name of its folders: the same fine-tuning with and without the pretrained encoder."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class Outcome:
         counts = split.summary()
         tables = {
             arm: [json.loads((output / f"{arm}_{seed}" / "dice_test.json").read_text()) for seed in range(seeds)]
-            for arm in (ARMS if seeds else ())
+            for arm in ARMS
+            if seeds
         }
         return cls(
             patients=sum(part["patients"] for part in counts.values()),
             scans=sum(part["scans"] for part in counts.values()),
-            unseen=tables[ARMS[0]][0]["patients"] if tables else counts["test"]["patients"],
+            unseen=tables["pretrained"][0]["patients"] if tables else counts["test"]["patients"],
             seconds_a_step=float(np.median(gaps)) if gaps else float("nan"),
             recall_before=recall[0] if recall else None,
             recall_after=recall[1] if recall else None,
@@ -87,7 +89,7 @@ def cases_of(split: Datalist, output: Path) -> list[Case]:
             first.setdefault(row[PATIENT_ID], row)
     cases = []
     for number, row in enumerate(list(first.values())[:SHOWN_CASES]):
-        image = Path(row[IMAGE] if isinstance(row[IMAGE], str) else next(path for path in row[IMAGE] if path))
+        image = first_image(row)
         name = image.name.removesuffix(".gz").removesuffix(".nii") + "_seg.nii.gz"
         place = Path(os.path.relpath(image, split.root)).parent / name
         files = [output / f"{arm}_0" / "predictions" / place for arm in ARMS]
@@ -109,7 +111,7 @@ def print_report(console: Console, outcome: Outcome, seconds: float) -> None:
         table.add_row(
             "pair recall, pretrained encoder", "{:.2f} (95% interval {:.2f} to {:.2f})".format(*outcome.recall_after)
         )
-    for arm, label in (("pretrained", "with pretraining"), ("scratch", "from scratch")):
+    for arm, label in ARMS.items():
         values = outcome.dice.get(arm)
         if values:
             spread = f", {min(values):.3f} to {max(values):.3f} over {len(values)} seeds" if len(values) > 1 else ""

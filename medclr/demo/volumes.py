@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import nibabel
@@ -18,6 +19,11 @@ LARGEST = 64
 MANY_CLASSES = 64
 
 
+def first_image(row: Mapping[str, Any]) -> Path:
+    """The file of a scan, or of its first sequence that is there."""
+    return Path(row[IMAGE] if isinstance(row[IMAGE], str) else next(path for path in row[IMAGE] if path))
+
+
 def fitting_roi(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
     """Voxels of a view that most scans hold: multiples of the network's stride, 24 to 64 along each axis.
 
@@ -26,8 +32,7 @@ def fitting_roi(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
     """
     shapes = []
     for row in rows:
-        image = row[IMAGE] if isinstance(row[IMAGE], str) else next(path for path in row[IMAGE] if path)
-        header = nibabel.load(image)
+        header = nibabel.load(first_image(row))
         order = np.argsort(nibabel.io_orientation(header.affine)[:, 0])
         shapes.append([header.shape[axis] for axis in order])
     low = np.quantile(np.array(shapes), 0.25, axis=0)

@@ -6,8 +6,10 @@ import logging
 import time
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.utils.enums import CommonKeys
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medclr import distributed
@@ -37,7 +39,7 @@ class Advice:
 
     def __init__(self, dataset: Any = None, *, warm_up: int = 2) -> None:
         self.dataset, self.warm_up = dataset, warm_up
-        self.padding: list[float] = []
+        self.padding: list[Tensor] = []
         self.waiting = self.working = self.mark = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -74,7 +76,7 @@ class Advice:
         output = engine.state.output
         view = output[CommonKeys.IMAGE]
         if engine.state.epoch == 1 and isinstance(view, View):
-            self.padding.append(1.0 - float(view.valid.float().mean()))
+            self.padding.append(1.0 - view.valid.float().mean())  # read once, at the end of the epoch
         projections = projections_of(output)
         if engine.state.iteration == 1 and projections is not None:
             candidates = projections.shape[0] * projections.shape[1] * distributed.world_size() - 1
@@ -86,7 +88,7 @@ class Advice:
 
     def epoch(self, engine: Engine) -> None:
         """What the first epoch shows."""
-        padding = sum(self.padding) / max(1, len(self.padding))
+        padding = float(torch.stack(self.padding).mean()) if self.padding else 0.0
         if padding > MUCH_PADDING:
             logger.warning(f"{padding:.0%} of the voxels that the encoder sees lie outside the scans. Lower roi_size.")
         if self.waiting > MUCH_WAITING * (self.waiting + self.working) > 0:

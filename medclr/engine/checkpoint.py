@@ -11,7 +11,7 @@ from medclr import distributed
 from medclr.errors import ConfigError
 from medclr.models import Encoder
 from medclr.weights import Manifest, save_encoder
-from medclr.weights.files import SAFETENSORS
+from medclr.weights.io import checked_path
 
 
 class SaveEncoder:
@@ -32,14 +32,8 @@ class SaveEncoder:
             raise ConfigError(
                 "The save interval is unusable.", got=interval, wanted=">= 0 epochs", fix="Set save_interval: 10."
             )
-        self.path, self.encoder, self.manifest, self.interval = Path(path), encoder, manifest, interval
-        if self.path.suffix != SAFETENSORS:  # here, rather than at the end of a run
-            raise ConfigError(
-                "An encoder is saved as safetensors.",
-                got=self.path.name,
-                wanted=f"a name that ends in {SAFETENSORS}",
-                fix=f"Save to {self.path.with_suffix(SAFETENSORS).name}.",
-            )
+        self.path = checked_path(path)  # here, rather than at the end of a run
+        self.encoder, self.manifest, self.interval = encoder, manifest, interval
 
     def attach(self, engine: Engine) -> None:
         """Follow the trainer."""

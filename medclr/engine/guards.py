@@ -18,9 +18,6 @@ from medclr.errors import ConfigError, MedclrError
 
 logger = logging.getLogger(__name__)
 
-PLATEAU = "plateau"
-"""Key of what ``contrast`` returns: the loss of embeddings that tell nothing apart."""
-
 
 class NonFiniteGuard:
     """Stop a run at the first loss that is NaN or infinite, before its gradient reaches the weights.
@@ -101,7 +98,7 @@ class CollapseGuard:
         highest_std, highest_rank = (max(column) for column in zip(*self.measured, strict=True))
         if highest_std >= self.min_std and highest_rank >= self.min_rank:
             return
-        loss, plateau = (float(engine.state.output.get(name, float("nan"))) for name in (CommonKeys.LOSS, PLATEAU))
+        loss, plateau = (float(engine.state.output.get(name, float("nan"))) for name in (keys.LOSS, keys.PLATEAU))
         health = (
             f"a dimension's standard deviation of at most {highest_std:.3g}, an effective rank of {highest_rank:.3g}"
         )

@@ -82,7 +82,7 @@ class SimCLR(nn.Module):
         pairs = self.affinity.pairs(own, {name: gather(value) for name, value in own.items()})
         return {
             keys.LOSS: info_nce(queries, candidates, pairs, self.temperature),
-            "plateau": z.new_tensor(math.log(max(1, len(candidates) - 1))),
+            keys.PLATEAU: z.new_tensor(math.log(max(1, len(candidates) - 1))),
         }
 
     def after_step(self, progress: float) -> None:

@@ -52,14 +52,7 @@ def save_encoder(path: str | Path, encoder: nn.Module, manifest: Manifest) -> Ma
         >>> save_encoder("encoder.safetensors", method.encoder, Manifest("SimCLR"))  # doctest: +SKIP
         >>> load_encoder("encoder.safetensors", into=SegResNet(init_filters=8))  # doctest: +SKIP
     """
-    path = Path(path)
-    if path.suffix != files.SAFETENSORS:
-        raise ConfigError(
-            "An encoder is saved as safetensors.",
-            got=path.name,
-            wanted=f"a name that ends in {files.SAFETENSORS}",
-            fix=f"Save to {path.with_suffix(files.SAFETENSORS).name}.",
-        )
+    path = checked_path(path)
     encoder = find_encoder(encoder)
     state = encoder.state_dict()
     refuse_unusable(state, "the encoder")
@@ -72,6 +65,19 @@ def save_encoder(path: str | Path, encoder: nn.Module, manifest: Manifest) -> Ma
     )
     files.write(path, state, manifest, take_probe(encoder))
     return manifest
+
+
+def checked_path(path: str | Path) -> Path:
+    """Where an encoder is to be saved, or :class:`ConfigError` for a name that does not end in ``.safetensors``."""
+    path = Path(path)
+    if path.suffix != files.SAFETENSORS:
+        raise ConfigError(
+            "An encoder is saved as safetensors.",
+            got=path.name,
+            wanted=f"a name that ends in {files.SAFETENSORS}",
+            fix=f"Save to {path.with_suffix(files.SAFETENSORS).name}.",
+        )
+    return path
 
 
 def find_manifest(path: str | Path) -> Manifest | None:

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from bench_views import random_crop
 from monai.networks.nets import SegResNet
 
 from medclr import draws, keys
 from medclr.engine import autocast, default_precision
-from medclr.geometry import Crop
 from medclr.methods import SimCLR
 from medclr.models import Encoder, norm_argument
 from medclr.views import (
@@ -47,24 +47,14 @@ def seconds(work: Callable[[], object], repeats: int, device: torch.device) -> f
     return statistics.median(taken[1:])
 
 
-def crop_of(count: int, shape: tuple[int, int, int], view: int, device: torch.device) -> Crop:
-    """Noise inside scans that fill the crops, with voxels of 1 mm."""
-    return Crop(
-        torch.rand(count, 1, *shape, device=device),
-        torch.eye(4, device=device).repeat(count, 1, 1),
-        torch.tensor([[0, 0, 0], list(shape)]).repeat(count, 1, 1),
-        torch.ones(count, 1, dtype=torch.bool, device=device),
-        torch.stack([draws.draw_key(0, 0, place, 0, view) for place in range(count)]),
-    )
-
-
 def measure(count: int, size: tuple[int, int, int], repeats: int, device: torch.device) -> None:
     """Print one case."""
     spatial = RandomSpatial(size, rotation=15.0, scale=(0.85, 1.15))
     intensity = [HistogramShift(probability=0.3), Gamma(probability=0.8), ContrastBrightness(probability=0.8)]
     intensity += [GaussianBlur(probability=0.4), GaussianNoise(probability=0.8), Requantise(probability=0.5)]
     views = TwoViews(spatial, *intensity, CutOut(probability=0.3))
-    crops = [crop_of(count, spatial.read_size(), view, device) for view in (1, 2)]
+    keys_of = [torch.stack([draws.draw_key(0, 0, place, 0, view) for place in range(count)]) for view in (1, 2)]
+    crops = [random_crop(count, spatial.read_size(), device)._replace(key=drawn) for drawn in keys_of]
     encoder = Encoder(SegResNet(init_filters=8, norm=norm_argument("group"))).to(device)
     method = SimCLR(encoder).to(device)
     precision = default_precision(device)

@@ -23,7 +23,7 @@ FLOORS = (
     {"engine", "transfer"},
     {"methods", "pairs", "weights"},
     {"affinity", "views", "models", "losses", "data", "shipped", "launch"},
-    {"geometry", "keys", "errors", "distributed", "draws"},
+    {"geometry", "keys", "errors", "distributed", "draws", "disk"},
 )
 HEIGHT = {room: len(FLOORS) - level for level, floor in enumerate(FLOORS) for room in floor}
 FRONT_DOOR = ("__init__.py", "__main__.py")

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medclr.data.files import dump_json, read_json, unreadable, write_text
-from medclr.data.rows import Row, RowReader, is_file_name, located
+from medclr.data.rows import Row, RowReader, is_file_name, located, shortened
 from medclr.errors import DatalistError
 from medclr.keys import IMAGE, LABEL, PATIENT_ID, SECTIONS, TEST, TRAINING, VALIDATION
 
@@ -247,11 +247,11 @@ def _find_root(recorded: object, path: Path, dataset_dir: str | Path | None) -> 
         root, origin = path.parent / recorded, f"the key {DATASET_DIR!r} of {path}"
     else:
         fix = f"Correct or remove the key {DATASET_DIR!r}."
-        raise unreadable(path, f"{DATASET_DIR} = {recorded!r}", "the path of a folder", fix)
-    if not root.is_dir():
+        raise unreadable(path, f"{DATASET_DIR} = {shortened(recorded)}", "the path of a folder", fix)
+    if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
         raise DatalistError(
             "The folder of the scans is not there.",
-            got=f"{root}, from {origin}",
+            got=f"{shortened(str(root))}, from {origin}",
             wanted="an existing folder",
             fix="Say where the scans lie: --dataset_dir FOLDER.",
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medclr.disk import replacing, try_writing
 from medclr.errors import DatalistError
 
 
@@ -43,7 +43,7 @@ def dump_json(value: object, key: str) -> str:
     """
     try:
         return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DatalistError(
             "The datalist cannot be written as JSON.",
             got=f"{error}, under {key!r}",
@@ -53,14 +53,13 @@ def dump_json(value: object, key: str) -> str:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file through a temporary one beside it, so that a reader sees the old content or the new.
+    """Write a file in one step: a reader sees the old content or the new, and so does whoever comes after a crash.
 
     Raises:
         DatalistError: the file cannot be written.
     """
-    with _beside(path) as part:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+    with _refused(path), replacing(path) as file:
+        file.write(text.encode())
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -69,21 +68,14 @@ def refuse_unwritable(path: Path) -> None:
     Raises:
         DatalistError: the file cannot be written.
     """
-    with _beside(path) as part:
-        part.touch()
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+    with _refused(path):
+        try_writing(path)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _refused(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-        finally:
-            part.unlink(missing_ok=True)
+        yield
     except OSError as error:
         raise DatalistError(
             "A file cannot be written.",

@@ -39,7 +39,7 @@ def is_file_name(text: str) -> bool:
 
 def located(section: str, number: int, key: str | None = None) -> str:
     """How errors name a place in a datalist: ``training[3], key 'image'``; rows are counted from 0."""
-    return f"{section}[{number}]" + (f", key {key!r}" if key else "")
+    return f"{section}[{number}]" + (f", key {shortened(key)}" if key else "")
 
 
 class RowReader:
@@ -92,7 +92,7 @@ class RowReader:
         if not isinstance(row, dict):
             raise DatalistError(
                 f"{located(section, number)}: the row is no object.",
-                got=_short(row),
+                got=shortened(row),
                 wanted='{"image": path, "patient_id": text, ...}',
                 fix="Write the row as an object that names its patient; `medclr index` does so.",
             )
@@ -101,7 +101,7 @@ class RowReader:
             if out.get(key) is None:
                 raise DatalistError(
                     f"{located(section, number, key)}: the key is missing.",
-                    got=f"keys {', '.join(out) or '(none)'}",
+                    got=f"keys {shortened(list(row))}",
                     wanted=f"{IMAGE} and {PATIENT_ID} in every row",
                     fix=f"Add {key!r} to the row.",
                 )
@@ -120,14 +120,14 @@ class RowReader:
         if not all(isinstance(path, str) or (path is None and isinstance(value, list)) for path in paths):
             raise DatalistError(
                 f"{place}: the value has the wrong type.",
-                got=_short(value),
+                got=shortened(value),
                 wanted="a path, or a list of paths in which null marks an absent sequence",
                 fix="Write paths as text.",
             )
         if not any(path is not None for path in paths):
             raise DatalistError(
                 f"{place}: the row has no image.",
-                got=_short(value),
+                got=shortened(value),
                 wanted="at least one path",
                 fix="Remove the row: a scan without any sequence is no scan.",
             )
@@ -148,7 +148,7 @@ class RowReader:
         if real in self._images:
             raise DatalistError(
                 f"{place}: the file is in the datalist twice.",
-                got=f"{_short(text)}, also in {self._images[real]}",
+                got=f"{shortened(text)}, also in {self._images[real]}",
                 wanted="each image file once",
                 fix="Remove one of the two.",
             )
@@ -160,7 +160,7 @@ class RowReader:
         if not text.lower().endswith(VOLUME_SUFFIXES):
             raise DatalistError(
                 f"{place}: the file type is unknown.",
-                got=_short(text),
+                got=shortened(text),
                 wanted=f"a file name that ends in one of {', '.join(VOLUME_SUFFIXES)}",
                 fix="Convert the file, or point to a file of a known type.",
             )
@@ -182,14 +182,14 @@ class RowReader:
         except (OSError, ValueError) as error:
             raise DatalistError(
                 f"{place}: the path cannot be used.",
-                got=f"{_short(text)} ({error})",
+                got=f"{shortened(text)} ({getattr(error, 'strerror', None) or error})",
                 wanted="a path to a file",
                 fix="Correct the path.",
             ) from error
         if not real.startswith(self._real_inside):
             raise DatalistError(
                 f"{place}: the path leaves the folder of the datalist.",
-                got=f"{_short(text)}, which is {real}",
+                got=f"{shortened(text)}, which is {real}",
                 wanted=f"a file below {self._root}, also after links are followed",
                 fix="Move the file there, or give a dataset_dir that holds all files.",
             )
@@ -218,13 +218,14 @@ def _read_scalar(key: str, value: object, place: str) -> object:
     if not fits:
         raise DatalistError(
             f"{place}: the value is unusable.",
-            got=_short(value),
+            got=shortened(value),
             wanted=wanted,
             fix="Correct the value, or leave the key out.",
         )
     return value
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
+    """How errors show a value that may be long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

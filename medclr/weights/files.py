@@ -6,7 +6,6 @@ Nothing in a file is ever executed: ``torch.load`` reads tensors only.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from medclr.disk import replacing
 from medclr.errors import WeightsError
+from medclr.weights.digest import DIGEST, damaged_part, seal
 from medclr.weights.manifest import Manifest
 
 HEADER: Final = "medclr"
 """The one entry of the safetensors metadata; a single one, since safetensors writes several in random order."""
+ENTRIES: Final = ("manifest", "probe", "aliases")
+"""What the header holds, beside the digests of it and of the tensors."""
 SAFETENSORS: Final = ".safetensors"
 TORCH: Final = (".pt", ".pth")
 
@@ -41,12 +44,18 @@ class Stored:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest, probe: dict[str, Any]) -> None:
-    """Write ``path`` and, beside it, the manifest as readable JSON. A crash leaves the old file or the new one."""
+    """Write ``path`` and, beside it, the manifest as readable JSON. A crash leaves the old file or the new one.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     unique, aliases = share(tensors)
-    header = {"manifest": json.loads(manifest.to_json()), "probe": probe, "aliases": aliases}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, save(unique, metadata={HEADER: json.dumps(header, allow_nan=False)}))
-    _replace(path.with_suffix(".json"), (manifest.to_json(indent=2) + "\n").encode())
+    header = seal({"manifest": json.loads(manifest.to_json()), "probe": probe, "aliases": aliases}, unique)
+    content = save(unique, metadata={HEADER: json.dumps(header, allow_nan=False)})
+    with replacing(path) as file:
+        file.write(content)
+    with replacing(path.with_suffix(".json")) as file:
+        file.write((manifest.to_json(indent=2) + "\n").encode())
 
 
 def share(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -90,14 +99,24 @@ def read(path: Path, *, header_only: bool = False) -> Stored:
 def _read_safetensors(path: Path, header_only: bool) -> Stored:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = (file.metadata() or {}).get(HEADER)
+            metadata = file.metadata() or {}
             tensors = {} if header_only else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         _broken(path, error)
-    if header is None:
+    if HEADER not in metadata:
+        if any(map(_is_ours, metadata.values())):
+            raise _damaged(path, "the name of its header is not as it was written")
         return Stored(tensors)
     try:
-        content = json.loads(header)
+        content = json.loads(metadata[HEADER])
+        part = damaged_part(content, None if header_only else tensors) if DIGEST in content else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"a header that cannot be read: {_first_line(str(error))}") from error
+    if part is not None:
+        raise _damaged(path, f"the digest of its {part} is not the one that was written")
+    if DIGEST not in content:
+        raise _damaged(path, "no digest: it is damaged, or an older development version of medclr wrote it")
+    try:
         manifest = Manifest.from_json(json.dumps(content["manifest"]))
         probe, aliases = dict(content["probe"]), dict(content["aliases"])
         if not header_only:
@@ -105,6 +124,20 @@ def _read_safetensors(path: Path, header_only: bool) -> Stored:
     except (ValueError, KeyError, TypeError) as error:
         _broken(path, error)
     return Stored(tensors, manifest, probe, aliases)
+
+
+def _is_ours(text: str) -> bool:
+    """Whether a piece of metadata is our header under another name: a flipped bit must not make it a foreign file."""
+    return sum(f'"{name}"' in text for name in ENTRIES) > 1
+
+
+def _damaged(path: Path, got: str) -> WeightsError:
+    return WeightsError(
+        f"{path.name} is damaged.",
+        got=got,
+        wanted="the file as save_encoder wrote it",
+        fix="Copy or download it again, or save the encoder again with medclr.save_encoder.",
+    )
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -149,20 +182,3 @@ def _broken(path: Path, error: Exception) -> NoReturn:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0][:160] if text.strip() else "no reason given"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ from medclr.errors import ConfigError, WeightsError
 FORMAT_VERSION: Final = 1
 INTENDED_USE: Final = "Research use only, not a medical device."
 LEFT_OUT: Final = "(left out)"
-"""Stands in ``settings`` for a value that is, or may be, a path, a date, or a patient's."""
+"""Stands in ``settings`` and ``run`` for a value that is, or may be, a path, a date, or a patient's."""
 
+_FILTERED: Final = ("settings", "run")
 _LONGEST_LIST: Final = 64
 _PRIVATE_TEXT: Final = re.compile(
     r"[\\/]|^~|\.(nii|gz|dcm|mha|nrrd|json|csv|tsv|h5|npy|npz|pt|pth|safetensors|ya?ml)$"
@@ -41,7 +42,7 @@ def package_versions() -> dict[str, str]:
 class Manifest:
     """What is known about an encoder's weights. Every field but ``method`` may stay None: unknown.
 
-    ``settings`` keeps names and numbers only: values that may be a path, a date or a patient's are left out.
+    ``settings`` and ``run`` keep names and numbers only: values that may be a path, a date or a patient's are left out.
 
     Args:
         method: name of the method, such as ``"SimCLR"``.
@@ -55,6 +56,7 @@ class Manifest:
         scans: how many scans were trained on.
         seed: the run's seed.
         settings: resolved top-level keys of the bundle.
+        run: how the run was started and went: command, versions of code, hardware, wall time.
         architecture: ``Encoder.architecture``; filled in by save_encoder, as ``norm`` and ``in_channels`` are.
         norm: MONAI's norm argument.
         in_channels: C of the images.
@@ -84,6 +86,7 @@ class Manifest:
     scans: int | None = None
     seed: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
     architecture: Mapping[str, Any] | None = None
     norm: list[Any] | None = None
     in_channels: int | None = None
@@ -109,7 +112,7 @@ class Manifest:
                 )
         # Plain JSON values from the start, so that what is read equals what was written.
         for item in fields(self):
-            setattr(self, item.name, _plain(getattr(self, item.name), private=item.name == "settings"))
+            setattr(self, item.name, _plain(getattr(self, item.name), private=item.name in _FILTERED))
 
     def preprocessing_differences(self, preprocessing: Mapping[str, Any]) -> list[str]:
         """What differs between the preprocessing in pretraining and another one, a line each; none if unknown.
@@ -140,7 +143,7 @@ class Manifest:
             content = json.loads(text)
             layout = content["format_version"]
             newer = layout > FORMAT_VERSION
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _unreadable(text, error) from error
         if newer:
             raise WeightsError(
@@ -153,7 +156,7 @@ class Manifest:
         known = {name: value for name, value in content.items() if name in names}
         try:
             return cls(**known, extra={name: value for name, value in content.items() if name not in names})
-        except (TypeError, ConfigError) as error:
+        except (TypeError, RecursionError, ConfigError) as error:
             raise _unreadable(text, error) from error
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from medclr.data.datalist import Datalist, in_channels, read_datalist, write_datalist
+from medclr.data.files import refuse_unwritable
 from medclr.errors import DatalistError
+from tests.test_disk import FAULT, FAULTS
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -124,6 +126,7 @@ BAD_ROWS = {
     "column infinite": ([row("a.nii.gz", score=float("inf"))], "training[0], key 'score'"),
     "days text": ([row("a.nii.gz", days="3")], "training[0], key 'days'"),
     "zero byte in path": ([row("a\0.nii.gz")], "training[0], key 'image'"),
+    "path too long": ([row("x/" * 3000 + "a.nii.gz")], "training[0], key 'image'"),
     "half a character in path": ([row("a\ud800.nii.gz")], "training[0], key 'image'"),
 }
 
@@ -135,6 +138,7 @@ def test_a_bad_row_is_refused_with_its_place(folder: Path, rows: list[Any], plac
         read_datalist(put(folder / "list.json", training=rows))
     assert place in str(caught.value)
     assert "fix:" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_patient_in_two_sections_is_refused_without_showing_the_id(folder: Path) -> None:
@@ -206,6 +210,7 @@ def test_a_linked_root_and_absolute_paths_below_it_are_fine(
         ('{"training": [], "training": []}', "twice"),
         ('{"training": [{"image": "a.nii.gz", "image": "b.nii.gz", "patient_id": "P"}]}', "twice"),
         ('{"dataset_dir": 3, "training": []}', "dataset_dir"),
+        ('{"dataset_dir": "%s", "training": []}' % ("x" * 5000), "folder of the scans is not there"),
     ],
 )
 def test_a_file_that_is_no_datalist_is_refused(folder: Path, text: str, words: str) -> None:
@@ -279,18 +284,37 @@ def test_the_digest_follows_the_rows_and_not_their_place(
     assert read_datalist(other_section).digest() != digest
 
 
-def test_writing_is_atomic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name", "fault"), FAULTS)
+def test_a_failed_write_is_reported_and_leaves_the_old_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, fault: Any
+) -> None:
     datalist = read_datalist(put(folder / "list.json", training=[row("a.nii.gz")]))
     before = (folder / "list.json").read_text()
-
-    def fail(self: Path, target: Path) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(DatalistError, match="disk full"):
+    monkeypatch.setattr(owner, name, fault)
+    with pytest.raises(DatalistError, match=FAULT) as caught:
         write_datalist(datalist, folder / "list.json")
+    monkeypatch.undo()
+    assert "list.json" in str(caught.value)
     assert (folder / "list.json").read_text() == before
     assert not list(folder.glob(".*"))
+    write_datalist(datalist, folder / "list.json")
+    assert read_datalist(folder / "list.json") == datalist
+
+
+@pytest.mark.parametrize("place", ["sub", "a.nii.gz/new.json", "x" * 250])
+def test_a_path_that_cannot_be_written_is_refused_before_long_work(folder: Path, place: str) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(DatalistError, match="cannot be written"):
+        refuse_unwritable(folder / place)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_path_that_can_be_written_is_left_as_it_is(folder: Path) -> None:
+    before = put(folder / "list.json", training=[]).read_text()
+    refuse_unwritable(folder / "list.json")
+    assert (folder / "list.json").read_text() == before
+    refuse_unwritable(folder / "new" / "list.json")
+    assert list((folder / "new").iterdir()) == []
 
 
 def test_what_json_cannot_hold_is_not_written(folder: Path) -> None:

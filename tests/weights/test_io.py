@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -19,8 +20,18 @@ from torch import Tensor, nn
 
 from medclr.errors import ConfigError, MedclrError, WeightsError
 from medclr.models import Encoder, build_encoder, with_norm
-from medclr.weights import Coverage, Manifest, encoder_state_dict, load_encoder, read_manifest, save_encoder
+from medclr.weights import (
+    Coverage,
+    Manifest,
+    encoder_state_dict,
+    find_manifest,
+    load_encoder,
+    read_manifest,
+    save_encoder,
+)
+from medclr.weights.digest import DIGEST, TENSORS_DIGEST, seal
 from medclr.weights.files import HEADER, share
+from tests.test_disk import FAULT, FAULTS
 
 MANIFEST = Manifest("SimCLR", steps=300, crop_size=(32, 48, 32))
 
@@ -241,22 +252,81 @@ def test_weights_that_are_not_finite_fail_both_ways(value: float, tmp_path: Path
 
 
 def rewrite(
-    path: Path, tensors: dict[str, Tensor], change: Callable[[dict[str, object]], object] | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    change: Callable[[dict[str, Any]], object] | None = None,
+    *,
+    sealed: bool = True,
+    key: str = HEADER,
 ) -> None:
-    """Replace the tensors, or the header, of a file of save_encoder."""
+    """Replace the tensors, or the header, of a file of save_encoder, with digests that fit or the old ones."""
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[HEADER])
     if change is not None:
         change(header)
-    safetensors.torch.save_file(tensors, path, metadata={HEADER: json.dumps(header)})
+    if sealed:
+        header = seal({name: value for name, value in header.items() if name not in (TENSORS_DIGEST, DIGEST)}, tensors)
+    safetensors.torch.save_file(tensors, path, metadata={key: json.dumps(header)})
 
 
-def test_slightly_damaged_weights_fail(tmp_path: Path) -> None:
+def test_slightly_wrong_weights_fail_though_the_digest_fits(tmp_path: Path) -> None:
     path = saved(tmp_path, shaken(segresnet()))
     tensors = safetensors.torch.load_file(path)
     tensors["down_layers.1.1.conv1.conv.weight"][0, 0, 0, 0, 0] += 1.0
     rewrite(path, tensors)
     assert "from feature map 1 on" in refused(path, segresnet())
+
+
+def test_the_smallest_change_of_a_weight_is_damage(tmp_path: Path) -> None:
+    path = saved(tmp_path, shaken(segresnet()))
+    tensors = safetensors.torch.load_file(path)
+    first = tensors["convInit.conv.weight"].view(-1)
+    first[0] = torch.nextafter(first[0], torch.tensor(9.0))
+    rewrite(path, tensors, sealed=False)
+    assert "is damaged" in refused(path, segresnet())
+    assert "digest of its tensors" in refused(path, segresnet(), minimum_coverage=1e-6, same_features=False)
+    with pytest.raises(WeightsError, match="is damaged"):
+        encoder_state_dict(path)
+    assert read_manifest(path).method == "SimCLR"  # it lies in the header, which is whole
+
+
+def test_a_changed_manifest_is_noticed_without_reading_the_weights(tmp_path: Path) -> None:
+    path = saved(tmp_path, shaken(segresnet()))
+    rewrite(path, safetensors.torch.load_file(path), lambda header: header["manifest"].update(steps=301), sealed=False)
+    for read in (read_manifest, find_manifest, encoder_state_dict):
+        with pytest.raises(WeightsError, match="is damaged") as caught:
+            read(path)
+        assert "digest of its header" in str(caught.value)
+        assert "Copy or download it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [(DIGEST,), (TENSORS_DIGEST, DIGEST)])
+def test_a_header_without_a_digest_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    path = saved(tmp_path, shaken(segresnet()))
+    tensors = safetensors.torch.load_file(path)
+    rewrite(path, tensors, lambda header: [header.pop(name) for name in names], sealed=False)
+    assert "older development version" in refused(path, segresnet())
+    with pytest.raises(WeightsError, match="is damaged"):
+        find_manifest(path)
+
+
+@pytest.mark.parametrize("key", ["medclq", "Medclr", "medcl", "format"])
+def test_a_header_under_another_name_does_not_make_a_foreign_file(key: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, shaken(segresnet()))
+    rewrite(path, safetensors.torch.load_file(path), key=key)
+    assert "the name of its header" in refused(path, segresnet())
+    with pytest.raises(WeightsError, match="is damaged"):
+        find_manifest(path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"manifest": "v1", "note": 'a "probe" of the model'}])
+def test_a_foreign_file_with_metadata_of_its_own_is_a_plain_state_dict(
+    metadata: dict[str, str], tmp_path: Path
+) -> None:
+    path, source = tmp_path / "weights.safetensors", shaken(segresnet())
+    safetensors.torch.save_file(source.state_dict(), path, metadata=metadata)
+    assert find_manifest(path) is None
+    assert load_encoder(path, segresnet(), quiet=True).complete
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 0.3, 0.7, -1])
@@ -531,17 +601,17 @@ def test_the_same_encoder_gives_the_same_bytes(tmp_path: Path) -> None:
     assert saved(tmp_path, net, "a.safetensors").read_bytes() == saved(tmp_path, net, "b.safetensors").read_bytes()
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name", "fault"), FAULTS)
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, fault: Any
+) -> None:
     net = shaken(segresnet())
     path = saved(tmp_path, net)
     before = path.read_bytes()
-
-    def full_disk(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(owner, name, fault)
+    with pytest.raises(OSError, match=FAULT):
         saved(tmp_path, shaken(net))
+    monkeypatch.undo()
     assert path.read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
 
@@ -603,10 +673,20 @@ def test_channels_last_weights_are_saved_and_loaded(tmp_path: Path) -> None:
         lambda header: header["probe"].update(features=[[[float("nan")] * 2] * 8] * 3),
     ],
 )
-def test_a_header_that_was_tampered_with_fails(change: Callable[[dict[str, object]], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_header_that_was_tampered_with_fails(
+    change: Callable[[dict[str, Any]], object], sealed: bool, tmp_path: Path
+) -> None:
     path = saved(tmp_path, shaken(segresnet()))
-    rewrite(path, safetensors.torch.load_file(path), change)
-    refused(path, segresnet())
+    rewrite(path, safetensors.torch.load_file(path), change, sealed=sealed)
+    assert ("is damaged" in refused(path, segresnet())) != sealed
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"text"', "[" * 100_000])
+def test_a_header_that_is_no_json_object_fails(text: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, shaken(segresnet()))
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata={HEADER: text})
+    assert "is damaged" in refused(path, segresnet())
 
 
 def test_a_file_without_a_manifest_has_none_to_read(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def full() -> Manifest:
         scans=260,
         seed=7,
         settings={"batch_size": 32, "temperature": 0.1, "norm": "instance"},
+        run={"command": ["python", "-m", "monai.bundle", "run"], "hardware": {"cores": 8}, "wall_s": 3.5},
     )
 
 
@@ -49,10 +50,14 @@ def test_a_manifest_survives_json() -> None:
 
 @hypothesis_settings(max_examples=30, deadline=None)
 @given(
-    settings=st.dictionaries(st.text(), json_values, max_size=5), preprocessing=st.dictionaries(st.text(), json_values)
+    settings=st.dictionaries(st.text(), json_values, max_size=5),
+    preprocessing=st.dictionaries(st.text(), json_values),
+    run=st.dictionaries(st.text(), json_values, max_size=5),
 )
-def test_any_settings_survive_json(settings: dict[str, object], preprocessing: dict[str, object]) -> None:
-    manifest = Manifest("BYOL", settings=settings, preprocessing=preprocessing)
+def test_any_settings_survive_json(
+    settings: dict[str, object], preprocessing: dict[str, object], run: dict[str, object]
+) -> None:
+    manifest = Manifest("BYOL", settings=settings, preprocessing=preprocessing, run=run)
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
@@ -61,6 +66,12 @@ def test_unknown_fields_survive_reading_and_writing() -> None:
     manifest = Manifest.from_json(json.dumps(content))
     assert manifest.extra == {"colour": ["blue"], "weather": {"rain": True}}
     assert json.loads(manifest.to_json()) == content
+
+
+def test_a_manifest_from_before_runs_were_recorded_has_none() -> None:
+    content = json.loads(full().to_json())
+    del content["run"]
+    assert Manifest.from_json(json.dumps(content)).run == {}
 
 
 def test_an_unknown_field_cannot_take_the_place_of_a_known_one() -> None:
@@ -84,8 +95,10 @@ def test_an_unknown_field_cannot_take_the_place_of_a_known_one() -> None:
         ["P-007"] * 100,
     ],
 )
-def test_paths_dates_and_patients_do_not_reach_the_file(value: object) -> None:
-    text = json.dumps(json.loads(Manifest("SimCLR", settings={"key": value, "batch_size": 32}).to_json())["settings"])
+@pytest.mark.parametrize("name", ["settings", "run"])
+def test_paths_dates_and_patients_do_not_reach_the_file(name: str, value: object) -> None:
+    manifest = Manifest("SimCLR", **{name: {"key": value, "batch_size": 32}})
+    text = json.dumps(json.loads(manifest.to_json())[name])
     assert LEFT_OUT in text
     assert not [secret for secret in ("someone", "scans", "007", "datalist.json", "0531", "05-31") if secret in text]
     assert json.loads(text)["batch_size"] == 32
@@ -116,7 +129,9 @@ def test_impossible_counts_and_names_are_refused(change: dict[str, object]) -> N
         Manifest(**{"method": "SimCLR", **change})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{}", '{"format_version": "1"}', '{"format_version": 1}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "3", "{}", '{"format_version": "1"}', '{"format_version": 1}', "{", "[" * 10**5]
+)
 def test_text_that_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(WeightsError, match="no manifest"):
         Manifest.from_json(text)

@@ -55,11 +55,40 @@ class PatientSampler(DistributedSampler[Item]):
         self.patients, self.passes = len(dataset), passes
         self.num_samples = self.patients * passes // self.num_replicas
         self.total_size = self.num_samples * self.num_replicas
+        self._left_out = 0
+
+    def start_at(self, items: int) -> None:
+        """Leave out what a run had done of an epoch before it was stopped; the length stays that of a whole epoch.
+
+        Args:
+            items: how many of this rank's first items the next iteration, and no later one, leaves out.
+
+        Raises:
+            ConfigError: unless ``items`` is a whole number >= 0.
+        """
+        self._left_out = checked_items(items)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]  # the dataset takes such an index
         """The draws of this rank in this epoch (see ``set_epoch``)."""
         order = np.concatenate(
             [shuffled(self.patients, ("sampler", self.seed, self.epoch, turn)) for turn in range(self.passes)]
         )
-        for position in range(self.rank, self.total_size, self.num_replicas):
+        left_out, self._left_out = self._left_out, 0
+        for position in range(self.rank, self.total_size, self.num_replicas)[left_out:]:
             yield int(order[position]), self.epoch, position // self.patients
+
+
+def checked_items(items: int) -> int:
+    """The number of items to leave out of an epoch.
+
+    Raises:
+        ConfigError: unless it is a whole number >= 0.
+    """
+    if not isinstance(items, int) or items < 0:
+        raise ConfigError(
+            "The place to start an epoch at is unusable.",
+            got=items,
+            wanted="a whole number of items >= 0",
+            fix="Give the number of items that are done; 0 starts at the beginning.",
+        )
+    return items

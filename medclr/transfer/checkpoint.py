@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from medclr import distributed
 from medclr.data import Preprocessing
+from medclr.disk import replacing
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import find_encoder
+from medclr.weights.digest import digest
 
-NETWORK = "network"
+logger = logging.getLogger(__name__)
+
+NETWORK: Final = "network"
 """Key of a checkpoint: the network's state dict."""
-SETTINGS = "settings"
+SETTINGS: Final = "settings"
 """Key of a checkpoint: the settings of :class:`Settings`."""
+RUN: Final = "run"
+"""Key of a checkpoint, where :class:`SaveNetwork` was given a record: how the network was trained."""
+DIGEST: Final = "digest"
+"""Key of a checkpoint: the digest of all the rest."""
 
 
 class Settings:
     """How scans were preprocessed and which encoder the network has: plain values that travel in a checkpoint.
-
-    Has a ``state_dict``, so that MONAI's ``CheckpointSaver`` takes it beside the network:
-    ``save_dict: {network: '@network_def', settings: '@settings'}``.
 
     Args:
         preprocessing: how scans are loaded and normalised; which files it loads does not count.
@@ -56,8 +64,70 @@ class Settings:
                 )
 
 
+class SaveNetwork:
+    """Save a network, with what must be the same when it is used again, on rank 0.
+
+    Like MONAI's ``CheckpointSaver``, with two differences: a crash leaves the old file or the new one, and the file
+    holds a digest, since ``torch.load`` takes most files in which a bit has flipped, and gives other numbers.
+
+    Args:
+        path: the file, such as ``models/last.pt``; its folder is made.
+        network: whose weights.
+        settings: of the network and its scans.
+        best: save where an evaluator finds the best metric so far, rather than at the end of training.
+        record: called at each save, for plain values about the run that go into the file; None if there are none.
+
+    Example:
+        >>> SaveNetwork("models/last.pt", network, settings).attach(trainer)  # doctest: +SKIP
+        >>> SaveNetwork("models/best.pt", network, settings, best=True).attach(evaluator)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        network: nn.Module,
+        settings: Settings,
+        best: bool = False,
+        *,
+        record: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.network, self.settings, self.best, self.record = Path(path), network, settings, best, record
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer to its end; or, for ``best``, one of MONAI's evaluators.
+
+        A run that an error or a signal stops does not come to its end. The evaluator must have a key metric, which
+        MONAI has compared with the best one before this looks.
+        """
+        if self.best:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_if_best)
+        else:
+            engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def save_if_best(self, engine: Engine) -> None:
+        """Write the file if the evaluation that ends is the best so far."""
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            self.save(engine)
+
+    def save(self, engine: Engine) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: it cannot be written; the one before is as it was.
+        """
+        if distributed.rank() != 0:
+            return
+        state = {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+        about: dict[str, Any] = {SETTINGS: self.settings.state_dict()}
+        if self.record is not None:
+            about[RUN] = json.loads(json.dumps(self.record()))  # plain values, or the file could not be read back
+        with replacing(self.path) as file:
+            torch.save({NETWORK: state, **about, DIGEST: digest(state, about)}, file)
+        logger.info("%s is written", self.path.name)
+
+
 def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing) -> nn.Module:
-    """Load a checkpoint that the segmentation bundle wrote, wholly or not at all.
+    """Load a checkpoint that :class:`SaveNetwork` wrote, wholly or not at all.
 
     Args:
         path: a file such as ``models/best.pt``; read with ``weights_only=True``.
@@ -68,7 +138,7 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
         ``into``.
 
     Raises:
-        WeightsError: for a file that is not there, is no such checkpoint, or does not fit the network.
+        WeightsError: for a file that is not there, is no such checkpoint, is damaged, or does not fit the network.
         ConfigError: for other settings than in training.
     """
     path = Path(path)
@@ -79,18 +149,7 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
             wanted="a file that training wrote: best.pt (of validation) or last.pt",
             fix="Set output_dir to that of training, or checkpoint to the file; without validation there is last.pt.",
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state, settings = content[NETWORK], content[SETTINGS]
-        if not isinstance(settings, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("no settings, or a network of other things than tensors")
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        raise WeightsError(
-            "The file is no checkpoint of a segmentation run.",
-            got=f"{path.name}: {type(error).__name__}",
-            wanted=f"a file with {NETWORK} and {SETTINGS}, such as best.pt",
-            fix="Name the file that training wrote. An encoder alone goes under pretrained.",
-        ) from error
+    state, settings = _read(path)
     Settings(preprocessing, into).load_state_dict(settings)
     own = into.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [
@@ -107,6 +166,52 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
         )
     into.load_state_dict(state)
     return into
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and settings of a file that is as it was written."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        reason = _foreign(content)
+        if reason is None:
+            about = {name: value for name, value in content.items() if name not in (NETWORK, DIGEST)}
+            whole = content[DIGEST] == digest(content[NETWORK], about)
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        raise _refusal(path, type(error).__name__) from error
+    if reason is not None:
+        raise _refusal(path, reason)
+    if not whole:
+        raise WeightsError(
+            "The checkpoint is damaged.",
+            got=f"{path.name}, whose content has another digest than it was written with",
+            wanted="the file as training wrote it",
+            fix="Copy it again from where it was whole, or train again. A disk or a transfer has changed it.",
+        )
+    return content[NETWORK], content[SETTINGS]
+
+
+def _foreign(content: Any) -> str | None:
+    """What shows that :class:`SaveNetwork` did not write this; None if nothing does."""
+    if not isinstance(content, Mapping):
+        return "not a dictionary"
+    missing = [name for name in (NETWORK, SETTINGS, DIGEST) if name not in content]
+    if missing or not content.keys() <= {NETWORK, SETTINGS, RUN, DIGEST}:
+        return f"no {', no '.join(missing)}" if missing else "more than a segmentation run writes"
+    state = content[NETWORK]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        return "a network of other things than tensors"
+    plain = isinstance(content[SETTINGS], Mapping) and isinstance(content[DIGEST], str)
+    return None if plain else "settings or a digest of another kind"
+
+
+def _refusal(path: Path, reason: str) -> WeightsError:
+    return WeightsError(
+        "The file is no checkpoint of a segmentation run, or it is damaged.",
+        got=f"{path.name}: {reason}",
+        wanted=f"a file with {NETWORK}, {SETTINGS} and {DIGEST}, as training wrote it, such as best.pt",
+        fix="Name the file that training wrote. If it is that one, copy it again from where it was whole, or train "
+        "again. An encoder alone goes under pretrained.",
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

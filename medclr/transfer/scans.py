@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
+from monai.utils import MAX_SEED
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from medclr import keys
 from medclr.data import Preprocessing, Quarantine
 from medclr.data.load import plain
+from medclr.draws import stable_seed
 from medclr.errors import ConfigError, DatalistError, ScanError, find_cause
 
 logger = logging.getLogger(__name__)
@@ -31,20 +33,28 @@ class SegmentationDataset(Dataset[Any]):
     Args:
         data: rows of one section of a datalist.
         preprocessing: how a scan is loaded and normalised.
-        transform: random augmentation of an item, or None.
+        transform: random augmentation of an item, or None; to resume a run exactly, a MONAI transform that has
+            ``set_random_state``, such as a ``Compose`` of such.
         in_channels: sequences that a scan must have.
         out_channels: classes that a mask may hold, with the background; needed where masks are read.
         quarantine: where scans that fail are recorded.
         cache_mb: how many megabytes of preprocessed scans to keep.
         may_be_empty: whether a section without rows, or without masks, is no error but a data set of length 0.
+        seed: the run's seed.
 
     Raises:
         ConfigError: for an unusable ``cache_mb``, or masks without ``out_channels``.
-        DatalistError: for no rows, no row with a mask, no scan that can be used, or no mask with any foreground.
+        DatalistError: for no rows, no row with a mask, no scan that can be used, or no mask with any foreground; later,
+            where more scans become unusable than ``quarantine`` tolerates.
 
     Items are dictionaries with ``image`` (C, X, Y, Z) float32 and, with masks, ``label`` (1, X, Y, Z) int16, both
     MetaTensors that know the way back to the scan's own grid, and ``scan``, the row's place in ``data``; or whatever
     ``transform`` makes of that.
+
+    An item that :class:`~medclr.transfer.ScanSampler` asks for is a pure function of (seed, epoch, turn, scan): the
+    transform's random state is set for each, in whatever worker it runs and whatever came before. This reaches as far
+    as MONAI's ``set_random_state``: a transform without it, and one inside a ``Compose`` that draws from the global
+    generators of NumPy or torch, draw something else in a resumed run.
 
     Example:
         >>> masked = Preprocessing(load=["image", "label"])
@@ -62,9 +72,10 @@ class SegmentationDataset(Dataset[Any]):
         quarantine: Quarantine | None = None,
         cache_mb: float = 2048,
         may_be_empty: bool = False,
+        seed: int = 0,
     ) -> None:
         self.rows, self.preprocessing, self.transform = list(data), preprocessing, transform
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.seed = in_channels, out_channels, int(seed)
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self.masked = keys.LABEL in preprocessing.load
         if not 0 <= cache_mb < math.inf:
@@ -92,15 +103,28 @@ class SegmentationDataset(Dataset[Any]):
             self._read_all(chosen, cache_mb * 2**20)
         for line in self.summary().splitlines():
             logger.info(line)
+        if transform is not None and not hasattr(transform, "set_random_state"):
+            kind = getattr(transform, "__name__", type(transform).__name__)
+            logger.warning("%s takes no random state: where it draws, a run cannot be resumed exactly", kind)
+        self.quarantine.watch(len(self.rows))
 
     def __len__(self) -> int:
         """Number of usable scans."""
         return len(self.scans)
 
-    def __getitem__(self, index: int) -> Any:
-        """One scan, augmented if there is a transform; the next where it has become unusable, and is quarantined."""
-        item = self._find(index)
-        return item if self.transform is None else self.transform(item)
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Any:
+        """The scan of place ``index``, or of (place, epoch, turn), augmented if there is a transform.
+
+        By place alone, the transform draws whatever its random state gives. Where the scan has become unusable, it is
+        quarantined, and the next one stands in.
+        """
+        item = self._find(index[0] if isinstance(index, tuple) else index)
+        if self.transform is None:
+            return item
+        if isinstance(index, tuple) and hasattr(self.transform, "set_random_state"):
+            _, epoch, turn = index
+            self.transform.set_random_state(seed=stable_seed("segmentation", self.seed, epoch, turn) % MAX_SEED)
+        return self.transform(item)
 
     def class_shares(self) -> list[float]:
         """Share of each class of the masks' voxels, the background first; a class that is nowhere counts one voxel."""

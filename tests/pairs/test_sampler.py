@@ -115,3 +115,55 @@ def test_monais_engine_tells_the_epoch(workers: int) -> None:
 def test_unusable_passes_are_refused(passes: Any) -> None:
     with pytest.raises(ConfigError, match="passes"):
         sampler(3, passes=passes)
+
+
+# Starting in the middle of an epoch
+
+
+@given(
+    patients=st.integers(2, 20),
+    passes=st.integers(1, 3),
+    ranks=st.integers(1, 3),
+    items=st.integers(0, 70),
+)
+def test_a_later_start_gives_the_rest_of_the_epoch_and_the_next_epochs_are_whole(
+    patients: int, passes: int, ranks: int, items: int
+) -> None:
+    for rank in range(ranks):
+        settings = {"passes": passes, "seed": 4, "num_replicas": ranks, "rank": rank}
+        made, whole = sampler(patients, 7, **settings), sampler(patients, 7, **settings)
+        made.start_at(items)
+        assert len(made) == len(whole)
+        assert list(made) == list(whole)[items:]
+        for epoch in (7, 8):
+            made.set_epoch(epoch)
+            assert list(made) == list(sampler(patients, epoch, **settings))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_with_the_batches_that_are_left(workers: int, drop_last: bool) -> None:
+    made = sampler(7, passes=2, epoch=3)
+    loader: DataLoader[torch.Tensor] = DataLoader(
+        made.dataset,
+        batch_size=3,
+        sampler=made,
+        drop_last=drop_last,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    whole = [batch.tolist() for batch in loader]
+    assert len(whole) == len(loader) == (4 if drop_last else 5)
+    for batches in (2, 4):
+        made.start_at(batches * 3)
+        assert len(loader) == len(whole)
+        assert [batch.tolist() for batch in loader] == whole[batches:]
+        assert [batch.tolist() for batch in loader] == whole
+
+
+@pytest.mark.parametrize("items", [-1, 1.5, "2", None])
+def test_an_unusable_start_is_refused(items: Any) -> None:
+    made = sampler(3)
+    with pytest.raises(ConfigError, match="place to start"):
+        made.start_at(items)
+    assert len(list(made)) == 3

@@ -356,11 +356,26 @@ def test_a_scan_that_vanishes_later_is_quarantined_and_the_next_stands_in(write_
 
 def test_where_all_scans_vanish_the_run_says_so(write_scan: WriteScan) -> None:
     rows = sized(write_scan, 8, 9)
-    dataset = SegmentationDataset(rows, Preprocessing(), cache_mb=0)
+    dataset = SegmentationDataset(rows, Preprocessing(), cache_mb=0, quarantine=Quarantine(limit=1))
     for row in rows:
         os.remove(row["image"])
     with pytest.raises(DatalistError, match="any more"):
         dataset[0]
+
+
+def test_too_many_scans_that_vanish_later_end_the_run_and_those_bad_from_the_start_do_not_count(
+    write_scan: WriteScan,
+) -> None:
+    rows = sized(write_scan, *range(8, 18))
+    for place in (0, 1, 2):
+        rows[place]["image"] = write_scan(f"flat{place}", np.ones((7, 8, 9), np.float32))
+    dataset = SegmentationDataset(rows, Preprocessing(), cache_mb=0, quarantine=Quarantine(limit=0.2))
+    for row in rows[7:]:
+        os.remove(row["image"])
+    assert dataset.scans == [3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(DatalistError, match="Too many scans") as caught:
+        dataset[4, 1, 0]  # the third in a row, of ten, is one too many
+    assert str(caught.value.got).startswith("3 of 10")
 
 
 def test_shares_of_the_classes_are_those_of_all_masks_and_never_zero(write_scan: WriteScan) -> None:

@@ -30,15 +30,42 @@ class Quarantine:
 
     Args:
         path: the file, or None to keep it in this process's memory alone.
+        limit: share of the scans, 0 to 1, that may be added once :meth:`watch` was called; one scan always may.
+
+    Raises:
+        ConfigError: for another limit.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, limit: float = 0.1) -> None:
+        if not 0 <= limit <= 1:
+            raise ConfigError(
+                "The share of scans that may become unusable is no share.",
+                got=limit,
+                wanted="a number from 0 to 1",
+                fix="Set max_bad_scans: 0.1; 1 never stops a run.",
+            )
+        self.path, self.limit = None if path is None else Path(path), limit
+        self._watched = 0
+        self._before: frozenset[int] = frozenset()
         self._known: dict[int, str] = {}
         self._begin = self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
+    def watch(self, scans: int) -> None:
+        """From now on, let too many further scans, of all processes that share the file, stop the run.
+
+        A few bad scans are left out of a run; a disk that is gone is not, as nothing but what is cached would be left.
+
+        Args:
+            scans: how many there are.
+        """
+        self._watched, self._before = scans, frozenset(self.reasons())
+
     def add(self, scan: int, reason: ScanError) -> None:
-        """Record that scan number ``scan`` cannot be used."""
+        """Record that scan number ``scan`` cannot be used.
+
+        Raises:
+            DatalistError: that is one scan too many, since :meth:`watch`.
+        """
         if scan in self._known:
             return
         text = f"{reason.problem} Got {reason.got}, wanted {reason.wanted}. {reason.fix}"
@@ -48,6 +75,21 @@ class Quarantine:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:  # one short write in append mode is not interleaved
                 file.write(json.dumps({"scan": scan, "reason": text}) + "\n")
+        if self._watched:
+            self._stop_above_limit(text)
+
+    def _stop_above_limit(self, last: str) -> None:
+        most = max(1, math.floor(self.limit * self._watched + 1e-9))  # 0.29 of 100 are 29, whatever a float says
+        added = len(self.reasons().keys() - self._before)
+        if added > most:
+            raise DatalistError(
+                "Too many scans have become unusable during the run.",
+                got=f"{added} of {self._watched} since the start, the last: {last}",
+                wanted=f"at most {most} (max_bad_scans: {self.limit:g})",
+                fix="Check that the folder of the scans is still mounted. "
+                + (f"All reasons stand in {self.path}. " if self.path is not None else "")
+                + "If so many scans may be left out, raise max_bad_scans.",
+            )
 
     def reasons(self) -> dict[int, str]:
         """Reason by scan number, of all workers and ranks that share the file."""
@@ -103,6 +145,7 @@ class ScanReader:
 
         Raises:
             ScanError: where it cannot be used; it is quarantined, and not read again.
+            DatalistError: where it is one too many of those, as :meth:`Quarantine.add` says.
             ConfigError: where this number stood for another row before.
         """
         volume = self._load(scan, row)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medclr import distributed
-from medclr.engine.guards import projections_of
+from medclr.engine.collapse import projections_of
 from medclr.geometry import View
 from medclr.models import find_encoder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from monai.utils.enums import CommonKeys
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from medclr import distributed
-from medclr.engine.guards import projections_of
+from medclr.engine.collapse import projections_of
+from medclr.engine.curves import Curves
 from medclr.engine.metrics import EmbeddingMetric, alignment, dimension_std, effective_rank, uniformity
-from medclr.engine.trainer import VIEWS
+from medclr.engine.trainer import VIEWS, has_gradient
 from medclr.errors import ConfigError
 from medclr.geometry import View
 
@@ -39,7 +38,11 @@ class StepSchedule:
 
     def attach(self, engine: Engine) -> None:
         """Follow the scheduler's own optimizer."""
-        self.scheduler.optimizer.register_step_post_hook(lambda *_: self.scheduler.step())
+        self.scheduler.optimizer.register_step_post_hook(self._follow)
+
+    def _follow(self, optimizer: Optimizer, *_: Any) -> None:
+        if has_gradient(optimizer):  # none where a guard had the step skipped, and then nothing was moved
+            self.scheduler.step()
 
 
 class ContrastLog:
@@ -49,7 +52,7 @@ class ContrastLog:
     They cost a singular value decomposition of (2B, D), so they are taken every ``interval`` steps.
 
     Args:
-        log_dir: where TensorBoard's files go; one writer, on rank 0.
+        curves: TensorBoard's files.
         optimizer: whose learning rate is logged.
         interval: steps between two measurements.
         pictures: patients whose two views are drawn.
@@ -61,7 +64,7 @@ class ContrastLog:
 
     def __init__(
         self,
-        log_dir: str | Path,
+        curves: Curves,
         optimizer: Optimizer,
         *,
         interval: int = 10,
@@ -75,23 +78,14 @@ class ContrastLog:
                 wanted=">= 1",
                 fix="For example interval: 10.",
             )
-        self.optimizer, self.interval = optimizer, interval
+        self.curves, self.optimizer, self.interval = curves, optimizer, interval
         self.pictures, self.picture_interval = pictures, picture_interval
-        self.log_dir = str(log_dir)
-        self.writer: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
         """Log on rank 0 alone."""
         if distributed.rank() == 0:
-            engine.add_event_handler(Events.STARTED, self.open)
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.log)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
-            engine.add_event_handler(Events.COMPLETED, self.close)
-            engine.add_event_handler(Events.TERMINATE, self.close)
-
-    def open(self, engine: Engine) -> None:
-        """Open the files when the run starts, not when the bundle is parsed."""
-        self.writer = SummaryWriter(self.log_dir)
 
     def log(self, engine: Engine) -> None:
         """One point of each curve."""
@@ -111,30 +105,24 @@ class ContrastLog:
                 "uniformity": uniformity(z[:, 0]),
             }
         engine.state.metrics.update({f"train_{name}": value for name, value in values.items()})
-        assert self.writer is not None
         for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, engine.state.iteration)
-        self.writer.flush()  # a guard may stop the run, and these are the curves that show why
+            self.curves.add_scalar(f"train/{name}", value, engine.state.iteration)
+        self.curves.flush()  # a guard may stop the run, and these are the curves that show why
 
     def draw(self, engine: Engine) -> None:
         """Both views of the first patients of the batch: middle slices, view 1 above view 2."""
         if (engine.state.epoch - 1) % self.picture_interval or self.pictures < 1:
             return
         views = engine.state.output.get(VIEWS)
-        if views is None or self.writer is None:
+        if views is None:
             return
         rows = [
             torch.cat([_middle_slices(view, place) for view in views], dim=1)
             for place in range(min(self.pictures, len(views[0].image)))
         ]
         for place, picture in enumerate(rows):
-            self.writer.add_image(f"views/patient_{place}", picture, engine.state.epoch)
-
-    def close(self, engine: Engine) -> None:
-        """Flush and close the files."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+            # At its step, not its epoch: what is purged after a resumption is purged by one number for all.
+            self.curves.add_image(f"views/patient_{place}", picture, engine.state.iteration)
 
 
 def _middle_slices(view: View, place: int) -> Tensor:
@@ -155,12 +143,12 @@ class ValidationLog:
 
     Args:
         metric: the metric attached to the evaluator.
-        log_dir: where TensorBoard's files go.
+        curves: TensorBoard's files.
         scheduler: the learning-rate schedule, which knows the training step; None for a validation by itself.
     """
 
-    def __init__(self, metric: EmbeddingMetric, log_dir: str | Path, scheduler: LRScheduler | None = None) -> None:
-        self.metric, self.log_dir, self.scheduler = metric, str(log_dir), scheduler
+    def __init__(self, metric: EmbeddingMetric, curves: Curves, scheduler: LRScheduler | None = None) -> None:
+        self.metric, self.curves, self.scheduler = metric, curves, scheduler
 
     def attach(self, engine: Engine) -> None:
         """After each validation, on rank 0."""
@@ -173,9 +161,9 @@ class ValidationLog:
         report = self.metric.report
         engine.state.metrics.update(report)
         logger.info("held-out patients at step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items()))
-        with SummaryWriter(self.log_dir) as writer:
-            for name, value in report.items():
-                writer.add_scalar(f"validation/{name}", value, step)
+        for name, value in report.items():
+            self.curves.add_scalar(f"validation/{name}", value, step)
+        self.curves.flush()  # a validation by itself is followed by no event that would
 
 
 class Progress:

@@ -21,12 +21,50 @@ VIEWS = "views"
 """Key of the engine's output: all views of the batch."""
 
 
+def place_in_step(engine: Any) -> tuple[bool, bool]:
+    """Whether this batch is the first and the last of its optimizer step, as MONAI's ``SupervisedTrainer`` counts.
+
+    Args:
+        engine: a trainer; ``accumulation_steps`` are the batches of a step, and an epoch's last step may have fewer.
+    """
+    batches, epoch_length = getattr(engine, "accumulation_steps", 1), engine.state.epoch_length
+    within = engine.state.iteration - 1
+    if epoch_length is not None:
+        within %= epoch_length
+    return within % batches == 0, (within + 1) % batches == 0 or within + 1 == epoch_length
+
+
+def optimizer_step(engine: Any, iteration: int) -> int:
+    """Number of the optimizer step, from 1 on, that an iteration is part of.
+
+    Args:
+        engine: a trainer, as in :func:`place_in_step`.
+        iteration: from 1 on.
+    """
+    batches, epoch_length = getattr(engine, "accumulation_steps", 1), engine.state.epoch_length
+    if epoch_length is None:
+        return -(-iteration // batches)
+    epochs, within = divmod(iteration, epoch_length)
+    return epochs * -(-epoch_length // batches) + -(-within // batches)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimizer would move anything: it leaves parameters without a gradient as they are."""
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+
+
 class ContrastiveTrainer(SupervisedTrainer):
     """A ``SupervisedTrainer`` for methods: the network is a method, perhaps inside DDP, the loss its ``contrast``.
 
     ``engine.state.output`` holds ``image`` (the first view), ``views`` (all of them), ``label`` (the metadata),
     ``pred`` (the embeddings), ``loss`` (unscaled) and whatever else ``contrast`` returned. All four iteration events
-    fire. After each optimizer step, and only then, the method's ``after_step`` is called with steps done / total.
+    fire. After each optimizer step, and only then, the method's ``after_step`` is called with steps done / total. Where
+    no parameter has a gradient once ``BACKWARD_COMPLETED`` was fired, the step is left out, and nothing moves.
 
     Args:
         device: where to train.
@@ -106,7 +144,7 @@ class ContrastiveTrainer(SupervisedTrainer):
         )
         output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: (view_1, *others)}
         engine.state.output = output
-        first, last = self._place_in_step()
+        first, last = place_in_step(engine)
         engine.network.train()
         if first:
             engine.optimizer.zero_grad(set_to_none=True)
@@ -128,6 +166,8 @@ class ContrastiveTrainer(SupervisedTrainer):
         return output
 
     def _step(self) -> None:
+        if not has_gradient(self.optimizer):  # a guard has taken it away: nothing moves
+            return
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
@@ -138,13 +178,6 @@ class ContrastiveTrainer(SupervisedTrainer):
         if self.grad_scaler.get_scale() >= before:
             total = self.state.max_epochs * self.state.epoch_length
             self.method.after_step(self.state.iteration / total)
-
-    def _place_in_step(self) -> tuple[bool, bool]:
-        """Whether this micro-batch is the first and the last of its optimizer step, as ``SupervisedTrainer`` counts."""
-        within = (self.state.iteration - 1) % self.state.epoch_length
-        first = within % self.accumulation_steps == 0
-        last = (within + 1) % self.accumulation_steps == 0 or within + 1 == self.state.epoch_length
-        return first, last
 
     def state_dict(self) -> dict[str, Any]:
         """Ignite's state, and the precision scaler's."""

@@ -58,6 +58,7 @@ class ScanDataset(Dataset[dict[str, Any]]):
         names = [str(row[keys.PATIENT_ID]) for row in self.rows]
         places = {name: place for place, name in enumerate(dict.fromkeys(names))}
         self.patients = [places[name] for name in names]
+        reader.quarantine.watch(len(self.rows))
 
     def __len__(self) -> int:
         """Number of usable scans."""

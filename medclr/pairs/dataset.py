@@ -95,6 +95,7 @@ class PatientPairDataset(Dataset[Item]):
             reader.preload(self.rows)
         for line in self.summary().splitlines():
             logger.info(line)
+        reader.quarantine.watch(len(self.rows))
 
     def __len__(self) -> int:
         """Number of patients."""

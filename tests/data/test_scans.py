@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from medclr.data import Preprocessing, Quarantine, ScanReader, Volume
+from medclr.engine import explained
 from medclr.errors import ConfigError, DatalistError, ScanError
+from medclr.evaluate import ScanDataset
+from tests.engine.test_failures import all_of
 
 MB = 2**20
 
@@ -281,3 +285,105 @@ def test_real_scans_are_told_by_number_alone(
         assert "constant" in text
         assert "Doe" not in text
         assert "patient 0" not in text
+
+
+# A limit to what may become unusable during a run
+
+
+@pytest.mark.parametrize(
+    ("limit", "scans", "allowed"),
+    [(0.1, 130, 13), (0.1, 139, 13), (0.1, 5, 1), (0.0, 50, 1), (0.29, 100, 29), (0.5, 3, 1), (1.0, 4, 4)],
+)
+def test_more_bad_scans_than_the_limit_stop_the_run(limit: float, scans: int, allowed: int) -> None:
+    quarantine = Quarantine(limit=limit)
+    quarantine.watch(scans)
+    for scan in range(allowed):
+        quarantine.add(scan, unusable())
+        quarantine.add(scan, unusable())  # again: not counted again
+    if allowed == scans:
+        return
+    with pytest.raises(DatalistError, match="Too many scans") as caught:
+        quarantine.add(allowed, unusable("the last one"))
+    message = str(caught.value)
+    assert f"{allowed + 1} of {scans} since the start, the last: The scan is bad. Got the last one" in message
+    assert f"at most {allowed} (max_bad_scans: {limit:g})" in message
+    for hint in ("mounted", "raise max_bad_scans"):
+        assert hint in caught.value.fix
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message  # noqa: S301
+    assert allowed in quarantine.reasons()
+
+
+def test_what_was_bad_from_the_start_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, limit=0.2)
+    for scan in range(5):
+        quarantine.add(scan, unusable())  # before the watch: never too many
+    quarantine.watch(10)
+    for scan in range(7):
+        quarantine.add(scan, unusable())
+    with pytest.raises(DatalistError, match="3 of 10") as caught:
+        quarantine.add(7, unusable())
+    assert str(path) in caught.value.fix
+
+
+def test_scans_that_other_processes_found_count_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    here, there = Quarantine(path, limit=0.2), Quarantine(path, limit=0.2)
+    for quarantine in (here, there):
+        quarantine.watch(10)
+    here.add(0, unusable())
+    there.add(0, unusable())
+    there.add(1, unusable())
+    with pytest.raises(DatalistError, match="3 of 10"):
+        here.add(2, unusable())
+    with pytest.raises(DatalistError, match="4 of 10"):
+        there.add(3, unusable())
+
+
+def test_without_a_watch_nothing_stops() -> None:
+    quarantine = Quarantine(limit=0.0)
+    for scan in range(50):
+        quarantine.add(scan, unusable())
+    assert len(quarantine.reasons()) == 50
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.1, float("nan")])
+def test_an_unusable_limit_is_refused(limit: float) -> None:
+    with pytest.raises(ConfigError, match="share"):
+        Quarantine(limit=limit)
+
+
+def test_a_reader_lets_the_error_through() -> None:
+    scans, _ = reader(quarantine=Quarantine(limit=0.0))
+    scans.quarantine.watch(9)
+    with pytest.raises(ScanError):
+        scans.read(0, {"image": "0", "bad": True})
+    scans.read(1, {"image": "1"})
+    with pytest.raises(DatalistError, match="Too many"):
+        scans.refuse(1, unusable("no mask"))
+    with pytest.raises(DatalistError, match="Too many"):
+        scans.read(2, {"image": "2", "bad": True})
+    with pytest.raises(DatalistError, match="Too many"):
+        scans.preload([{"image": "0"}, {"image": "1"}, {"image": "2"}, {"image": "3", "bad": True}])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_is_gone_stops_the_embedding_of_scans(
+    workers: int, write_scan: Callable[..., str], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(2)
+    listed = [
+        {"image": write_scan(f"scan_{number}", random.random((5, 6, 7), np.float32)), "patient_id": number}
+        for number in range(6)
+    ]
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", limit=0.4)
+    dataset = ScanDataset(listed, ScanReader(Preprocessing(), cache_mb=0, quarantine=quarantine))
+    for row in listed[1:3]:
+        Path(str(row["image"])).unlink()
+    loader = DataLoader(dataset, num_workers=workers)
+    assert [int(item["scan"]) for item in loader] == [0, -1, -1, 3, 4, 5]
+    for row in listed[3:]:
+        Path(str(row["image"])).unlink()
+    with pytest.raises(DatalistError, match=r"Too many scans .* during the run") as caught, explained():
+        all_of(loader)
+    assert "of 6 since the start" in str(caught.value)

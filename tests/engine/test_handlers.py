@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from medclr import keys
-from medclr.engine import ContrastLog, EmbeddingMetric, Progress, StepSchedule, ValidationLog, handlers
+from medclr.engine import ContrastLog, Curves, EmbeddingMetric, Progress, StepSchedule, ValidationLog, handlers
 from medclr.engine.trainer import VIEWS
 from medclr.errors import ConfigError
 from medclr.geometry import View
@@ -100,6 +100,17 @@ def test_a_step_that_the_scaler_skips_moves_no_schedule() -> None:
         assert scheduler.last_epoch == steps
 
 
+def test_a_step_without_any_gradient_moves_no_schedule() -> None:
+    network = nn.Linear(1, 1)
+    scheduler = schedule_of(network)
+    StepSchedule(scheduler).attach(Engine(lambda engine, batch: None))
+    for gradients, steps in (((1.0, 1.0), 1), ((None, None), 1), ((None, 1.0), 2)):
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else torch.full_like(parameter, gradient)
+        scheduler.optimizer.step()
+        assert scheduler.last_epoch == steps
+
+
 # The log of training
 
 
@@ -139,12 +150,13 @@ def contrasting(
 ) -> Engine:
     engine = Engine(lambda engine, batch: make(engine.state.iteration))
     log.attach(engine)
+    log.curves.attach(engine)
     engine.run(range(batches), max_epochs=epochs)
     return engine
 
 
 def log_of(folder: Path, **settings: Any) -> ContrastLog:
-    return ContrastLog(folder, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.25), **settings)
+    return ContrastLog(Curves(folder), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.25), **settings)
 
 
 def slow_health(z: NDArray[Any]) -> dict[str, float]:
@@ -210,8 +222,9 @@ def test_projections_in_half_precision_are_measured_in_float32(tmp_path: Path) -
 def test_pictures_are_drawn_in_the_first_epoch_and_every_few_after_it(
     every: int, epochs: list[int], tmp_path: Path
 ) -> None:
-    contrasting(log_of(tmp_path, pictures=1, picture_interval=every), batches=1, epochs=5)
-    assert [step for step, *_ in pictures(tmp_path)["views/patient_0"]] == epochs
+    contrasting(log_of(tmp_path, pictures=1, picture_interval=every), batches=3, epochs=5)
+    drawn = [step for step, *_ in pictures(tmp_path)["views/patient_0"]]
+    assert drawn == [3 * epoch for epoch in epochs]  # at the step that the epoch ends with
 
 
 @pytest.mark.parametrize(("wanted", "drawn"), [(0, 0), (2, 2), (BATCH, BATCH), (99, BATCH)])
@@ -221,18 +234,18 @@ def test_there_is_a_picture_for_each_of_the_first_patients_of_a_batch(wanted: in
 
 
 class Album:
-    """Stands in for the writer and keeps the pictures as they are."""
+    """Stands in for the curves and keeps the pictures as they are."""
 
     def __init__(self) -> None:
         self.pictures: dict[str, Tensor] = {}
 
-    def add_image(self, name: str, picture: Tensor, epoch: int) -> None:
+    def add_image(self, name: str, picture: Tensor, step: int) -> None:
         self.pictures[name] = picture
 
 
 def test_a_picture_shows_the_middle_slices_of_both_views_one_above_the_other(tmp_path: Path) -> None:
     log, album = log_of(tmp_path), Album()
-    log.writer = album  # type: ignore[assignment]
+    log.curves = album  # type: ignore[assignment]
     engine = Engine(lambda engine, batch: None)
     engine.state.epoch, engine.state.output = 1, output_of(1)
     log.draw(engine)
@@ -261,24 +274,27 @@ def test_an_output_without_views_is_not_drawn(tmp_path: Path) -> None:
     assert pictures(tmp_path) == {}
 
 
-def test_files_are_opened_when_the_run_starts_and_closed_at_its_end(tmp_path: Path) -> None:
-    log, engine = log_of(tmp_path / "tensorboard"), Engine(lambda engine, batch: output_of(1))
-    log.attach(engine)
-    assert not (tmp_path / "tensorboard").exists()
-    assert log.writer is None
-    engine.run([0], max_epochs=1)
-    assert (tmp_path / "tensorboard").is_dir()
-    assert log.writer is None
+def test_points_are_on_the_disk_where_a_guard_stops_the_run(tmp_path: Path) -> None:
+    def stop(engine: Engine) -> None:
+        raise ValueError("stopped")
 
-
-@pytest.mark.parametrize("skip_completed", [False, True])
-def test_files_are_closed_when_a_run_is_stopped(skip_completed: bool, tmp_path: Path) -> None:
-    log, engine = log_of(tmp_path, interval=1), Engine(lambda engine, batch: output_of(1))
-    log.attach(engine)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: engine.terminate(skip_completed))
-    engine.run(range(9), max_epochs=1)
-    assert log.writer is None
+    engine = Engine(lambda engine, batch: output_of(1))
+    log_of(tmp_path, interval=1).attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), stop)
+    with pytest.raises(ValueError, match="stopped"):
+        engine.run(range(9), max_epochs=1)
     assert [step for step, _ in curves(tmp_path)["train/loss"]] == [1, 2]
+
+
+def test_a_loss_that_is_no_number_is_logged_as_it_is(tmp_path: Path) -> None:
+    def bad(step: int) -> dict[str, Any]:
+        pred = {keys.PROJECTIONS: projections_of(step) * math.nan}
+        return {**output_of(step), "pred": pred, "loss": torch.tensor(math.nan)}
+
+    contrasting(log_of(tmp_path, interval=1), bad, batches=2)
+    found = curves(tmp_path)
+    assert [step for step, _ in found["train/loss"]] == [1, 2]
+    assert all(math.isnan(value) for name in ("loss", "effective_rank") for _, value in found[f"train/{name}"])
 
 
 @pytest.mark.parametrize("settings", [{"interval": 0}, {"interval": -1}, {"picture_interval": 0}], ids=str)
@@ -290,7 +306,7 @@ def test_an_unusable_interval_is_refused(settings: dict[str, int], tmp_path: Pat
 def test_rank_0_alone_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("medclr.distributed.rank", lambda: 1)
     engine = contrasting(log_of(tmp_path / "train", interval=1))
-    ValidationLog(EmbeddingMetric(), tmp_path / "validation").attach(engine)
+    ValidationLog(EmbeddingMetric(), Curves(tmp_path / "validation")).attach(engine)
     Progress(lambda: "summary").attach(engine)
     capsys.readouterr()
     engine.run([0], max_epochs=2)
@@ -321,7 +337,7 @@ def validating(metric: EmbeddingMetric, log: ValidationLog, data: list[dict[str,
 def test_a_report_is_logged_at_the_training_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     network, metric = nn.Linear(1, 1), EmbeddingMetric()
     scheduler = schedule_of(network)
-    evaluator = validating(metric, ValidationLog(metric, tmp_path, scheduler), embedded(0))
+    evaluator = validating(metric, ValidationLog(metric, Curves(tmp_path), scheduler), embedded(0))
     reports = []
     for steps in (0, 3):
         for _ in range(steps):
@@ -331,6 +347,7 @@ def test_a_report_is_logged_at_the_training_step(tmp_path: Path, caplog: pytest.
             evaluator.run()
         reports.append(dict(metric.report))
     assert "pair_recall_low" in reports[0]
+    assert len(list(tmp_path.iterdir())) == 1  # one file for all validations
     for name, value in reports[0].items():
         points = curves(tmp_path)[f"validation/{name}"]
         assert [step for step, _ in points] == [0, 3]
@@ -343,7 +360,7 @@ def test_a_report_is_logged_at_the_training_step(tmp_path: Path, caplog: pytest.
 
 def test_a_validation_by_itself_is_step_0(tmp_path: Path) -> None:
     metric = EmbeddingMetric("effective_rank")
-    validating(metric, ValidationLog(metric, tmp_path), embedded(1)).run()
+    validating(metric, ValidationLog(metric, Curves(tmp_path)), embedded(1)).run()
     assert curves(tmp_path)["validation/effective_rank"] == [(0, pytest.approx(metric.report["effective_rank"]))]
 
 

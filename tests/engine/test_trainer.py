@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from medclr import keys
 from medclr.draws import draw_key
 from medclr.engine import ContrastiveTrainer, PrepareViews
-from medclr.engine.trainer import VIEWS
+from medclr.engine.trainer import VIEWS, optimizer_step, place_in_step
 from medclr.errors import ConfigError
 from medclr.geometry import Crop, View
 from medclr.methods import SimCLR
@@ -225,3 +226,59 @@ def test_a_network_that_is_no_method_is_refused() -> None:
         ContrastiveTrainer(
             "cpu", 1, loader(), network, torch.optim.SGD(network.parameters(), 0.1), lambda *_: {}, prepare()
         )
+
+
+def spoil(trainer: ContrastiveTrainer, *steps: int) -> None:
+    """Take the gradients away, as a guard does."""
+
+    def forget(engine: ContrastiveTrainer) -> None:
+        if engine.state.iteration in steps:
+            for parameter in engine.network.parameters():
+                parameter.grad = None
+
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, forget)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_without_any_gradient_moves_nothing(precision: Any, clip_norm: float | None) -> None:
+    method = method_of()
+    trainer = trainer_of(method, precision=precision, clip_norm=clip_norm, max_epochs=1)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=precision == "fp16")
+    spoil(trainer, 2)
+    seen: list[tuple[dict[str, torch.Tensor], float]] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: seen.append(
+            ({name: value.clone() for name, value in method.state_dict().items()}, trainer.grad_scaler.get_scale())
+        ),
+    )
+    trainer.run()
+    assert method.progress == pytest.approx([1 / 3, 3 / 3])
+    assert seen[0][1] == seen[1][1]
+    same = [[torch.equal(one[name], other[name]) for name in one] for (one, _), (other, _) in itertools.pairwise(seen)]
+    assert all(same[0])
+    assert not all(same[1])
+
+
+@pytest.mark.parametrize(("epoch_length", "batches", "wanted"), [(5, 2, "12 12 3 12 12 3"), (3, 1, "333333")])
+def test_the_place_of_a_batch_in_its_step_is_as_monai_counts(epoch_length: int, batches: int, wanted: str) -> None:
+    trainer = trainer_of(method_of(), accumulation_steps=batches)
+    trainer.state.epoch_length = epoch_length
+    kinds = {(True, False): "1", (False, True): "2", (True, True): "3"}
+    found, steps = "", []
+    for iteration in range(1, len(wanted.replace(" ", "")) + 1):
+        trainer.state.iteration = iteration
+        found += kinds[place_in_step(trainer)]
+        steps.append(optimizer_step(trainer, iteration))
+    assert found == wanted.replace(" ", "")
+    assert steps == ([1, 1, 2, 2, 3, 4, 4, 5, 5, 6] if batches == 2 else [1, 2, 3, 4, 5, 6])
+
+
+def test_without_an_epochs_length_steps_are_counted_through() -> None:
+    trainer = trainer_of(method_of(), accumulation_steps=2)
+    trainer.state.epoch_length, places = None, []
+    for iteration in range(1, 6):
+        trainer.state.iteration = iteration
+        places.append((*place_in_step(trainer), optimizer_step(trainer, iteration)))
+    assert places == [(True, False, 1), (False, True, 1), (True, False, 2), (False, True, 2), (True, False, 3)]

@@ -13,9 +13,11 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from medclr.data import CropAround, OverlappingCrops, Preprocessing, Quarantine, RandomCrop, ScanReader, Volume
+from medclr.engine import explained
 from medclr.errors import ConfigError, DatalistError, ScanError
 from medclr.geometry import Crop
 from medclr.pairs import PatientPairDataset, PatientSampler, SamePatient, SameScan
+from tests.engine.test_failures import all_of
 
 SIZE = (8, 8, 8)
 
@@ -48,7 +50,7 @@ def invented(*scans: int, bad: tuple[int, ...] = (), rule: Any = None, **setting
         rows[scan]["no mask"] = True
     settings.setdefault("crop", RandomCrop((4, 4, 4)))
     settings.setdefault("preload", False)
-    settings.setdefault("reader", ScanReader(Invented(*bad)))  # type: ignore[arg-type]
+    settings.setdefault("reader", ScanReader(Invented(*bad), quarantine=Quarantine(limit=1)))  # type: ignore[arg-type]
     return PatientPairDataset(rows, rule, **settings)
 
 
@@ -262,13 +264,52 @@ def test_a_worker_quarantines_in_the_file_that_the_run_reads(
 ) -> None:
     cohort[1]["image"] = write_scan("flat", np.full((9, 9, 9), 1, np.float32))
     cohort[3]["image"] = str(tmp_path / "missing.nii.gz")  # the only scan of patient 1
-    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", limit=0.5)
     dataset = pairs(cohort, preload=False, reader=ScanReader(Preprocessing(), quarantine=quarantine))
     batches = epochs_of(dataset, 3, num_workers=2)
     assert sum(len(epoch) for epoch in batches) == 9
     assert list(quarantine.reasons()) == [1, 3]
     assert "5 patients" not in dataset.summary()
     assert "2 scans quarantined, 1 patients left without scans" in dataset.summary()
+
+
+# Scans that are gone during the run
+
+
+def epoch_of(dataset: PatientPairDataset, workers: int) -> list[Any]:
+    with explained():
+        return all_of(DataLoader(dataset, batch_size=1, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_is_gone_stops_the_run_and_a_single_scan_does_not(
+    workers: int, cohort: list[dict], write_scan: Callable[..., str], tmp_path: Path
+) -> None:
+    for number, row in enumerate(cohort):
+        row["image"] = write_scan(f"scan_{number}", np.random.default_rng(number).random((9, 9, 9), np.float32))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", limit=0.2)
+    # without a cache, a preload ends after the first scan
+    dataset = pairs(cohort, reader=ScanReader(Preprocessing(), cache_mb=0, quarantine=quarantine))
+    assert len(epoch_of(dataset, workers)) == 5
+    Path(cohort[3]["image"]).unlink()  # the only scan of its patient
+    assert len(epoch_of(dataset, workers)) == 5
+    assert list(quarantine.reasons()) == [3]
+    for row in cohort:
+        Path(row["image"]).unlink(missing_ok=True)
+    with pytest.raises(DatalistError, match="Too many scans have become unusable during the run") as caught:
+        epoch_of(dataset, workers)
+    message = str(caught.value)
+    assert "2 of 9 since the start" in message
+    assert "at most 1 (max_bad_scans: 0.2)" in message
+    assert "still mounted" in message
+
+
+def test_scans_that_were_bad_before_the_run_do_not_stop_it(cohort: list[dict], tmp_path: Path) -> None:
+    for row in cohort[4:8]:
+        row["image"] = str(tmp_path / "missing.nii.gz")
+    dataset = pairs(cohort)
+    assert list(dataset.reader.quarantine.reasons()) == [4, 5, 6, 7]
+    assert len(epoch_of(dataset, 0)) == 5
 
 
 # The summary

@@ -11,7 +11,7 @@ PYTHONS ?= 3.11 3.12 3.13
 SCRATCH := build/constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint format test test-full test-gpu demo bench wheel constraints clean
+.PHONY: help env lint format test test-full test-gpu soak demo bench wheel constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,6 +45,9 @@ test-full: env ## the slow tests, which `make test` leaves out
 
 test-gpu: env ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+soak: env ## half an hour of kills and of one long run; prints its figures
+	$(BIN)/python -m tests.survival.soak
 
 demo: env ## the whole of medclr on a synthetic cohort, in a few minutes
 	rm -rf runs/demo

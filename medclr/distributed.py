@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,3 +39,36 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def any_rank(flags: Sequence[bool], device: torch.device | str = "cpu") -> list[bool]:
+    """For each flag, whether it is set on any rank; every rank must call it with as many.
+
+    Args:
+        flags: of this rank.
+        device: where collectives work: the CPU for gloo, a GPU for NCCL.
+    """
+    if not is_distributed():
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in together.tolist()]
+
+
+def text_of_rank_0(text: str, device: torch.device | str = "cpu") -> str:
+    """The text that rank 0 gave, on all ranks; at most 200 bytes."""
+    if not is_distributed():
+        return text
+    content = text.encode()
+    row = torch.zeros(201, dtype=torch.int64, device=device)
+    row[0] = len(content)
+    row[1 : 1 + len(content)] = torch.tensor(list(content), dtype=torch.int64)
+    dist.broadcast(row, src=0)
+    length, *codes = row.tolist()
+    return bytes(codes[:length]).decode()

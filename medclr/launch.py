@@ -1,4 +1,4 @@
-"""What a bundle does first: let medclr's errors come last, and refuse settings that no configuration knows.
+"""What a bundle does first: let medclr's errors come last, refuse settings that no configuration knows, know its own.
 
 MONAI adds whatever key the command line names, so that ``--max_epoch 3`` would train for the default number of epochs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import fire.parser
 import monai.bundle
+import torch
 from monai.bundle import ConfigParser
 
 from medclr.errors import ConfigError, show_errors_last
@@ -30,6 +32,48 @@ def begin() -> None:
     program = Path(sys.argv[0]).parts[-3:]
     if program == ("monai", "bundle", "__main__.py") and sys.argv[1:2] == ["run"]:
         refuse_unknown_keys(sys.argv[2:])
+
+
+def configuration() -> dict[str, Any]:
+    """The configuration of the bundle that is running, to be called in one of its expressions.
+
+    MONAI hands an expression no access to its configuration, so the parser is looked for among the callers.
+
+    Returns:
+        All keys but the metadata, as plain values: what the files say with what the command line sets. A top-level
+        expression that has given a number, a text or a list of them is replaced by it.
+
+    Raises:
+        ConfigError: it was not called by a configuration.
+
+    Example:
+        In a bundle: ``$@resumable.prepare(medclr.launch.configuration())``
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), ConfigParser):
+        frame = frame.f_back
+    if frame is None:
+        raise ConfigError(
+            "There is no configuration to look at.",
+            got="a call from outside of a bundle",
+            wanted="a call in an expression of a bundle",
+            fix="Write $medclr.launch.configuration() into the configuration, or give a dictionary of your own.",
+        )
+    parser: ConfigParser = frame.f_locals["self"]
+    resolved = parser.ref_resolver.resolved_content
+    return {
+        str(key): _plain(resolved[key] if isinstance(value, str) and key in resolved else value, value)
+        for key, value in parser.config.items()
+        if key != ConfigParser.meta_key
+    }
+
+
+def _plain(value: Any, text: Any) -> Any:
+    """``value`` if JSON has a form for it, else ``text``, which stood for it in the configuration."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return str(value) if isinstance(value, torch.device) else json.loads(json.dumps(text, default=str))
 
 
 def refuse_unknown_keys(arguments: Sequence[str]) -> None:

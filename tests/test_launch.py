@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from monai.bundle import ConfigParser
 
 from medclr.errors import ConfigError
-from medclr.launch import refuse_unknown_keys
+from medclr.launch import configuration, refuse_unknown_keys
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 TRAIN = str(BUNDLES / "contrastive_pretraining" / "configs" / "train.yaml")
@@ -83,3 +84,35 @@ def test_what_a_user_can_get_wrong_ends_with_our_last_lines(
     assert [line.split()[0] for line in last[1:]] == ["got:", "wanted:", "fix:"], done.stderr[-2000:]
     for word in words:
         assert word in "\n".join(last)
+
+
+def test_an_expression_knows_the_configuration_that_it_stands_in() -> None:
+    parser = ConfigParser(
+        {
+            "imports": ["$import medclr", "$import torch"],
+            "rate": "$10 ** -2",
+            "unused": "$1 / 0",
+            "device": "$torch.device('cpu')",
+            "layer": {"_target_": "torch.nn.Linear", "in_features": "@width", "out_features": 1},
+            "width": 3,
+            "sizes": "$[@width] * 3",
+            "found": "$[@rate, @device, @layer, @sizes] and medclr.launch.configuration()",
+        }
+    )
+    parser["width"] = 4
+    found = parser.get_parsed_content("found")
+    assert found.pop("found").startswith("$[@rate")
+    assert found == {
+        "imports": ["$import medclr", "$import torch"],
+        "rate": 0.01,
+        "unused": "$1 / 0",
+        "device": "cpu",
+        "layer": {"_target_": "torch.nn.Linear", "in_features": "@width", "out_features": 1},
+        "width": 4,
+        "sizes": [4, 4, 4],
+    }
+
+
+def test_outside_of_a_configuration_there_is_none_to_know() -> None:
+    with pytest.raises(ConfigError, match="no configuration"):
+        configuration()

@@ -8,6 +8,7 @@ from pathlib import Path
 from ignite.engine import Engine, Events
 
 from medclr import distributed
+from medclr.engine.record import RunRecord
 from medclr.errors import ConfigError
 from medclr.models import Encoder
 from medclr.weights import Manifest, save_encoder
@@ -22,18 +23,27 @@ class SaveEncoder:
         encoder: whose weights.
         manifest: what travels with them; optimizer steps and whole epochs done are filled in.
         interval: epochs between two saves; 0 saves at the end alone.
+        record: the run manifest, whose configuration, command, hardware and time go into the weights' manifest.
 
     Raises:
         ConfigError: for a negative interval, or another suffix.
     """
 
-    def __init__(self, path: str | Path, encoder: Encoder, manifest: Manifest, *, interval: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        encoder: Encoder,
+        manifest: Manifest,
+        *,
+        interval: int = 0,
+        record: RunRecord | None = None,
+    ) -> None:
         if interval < 0:
             raise ConfigError(
                 "The save interval is unusable.", got=interval, wanted=">= 0 epochs", fix="Set save_interval: 10."
             )
         self.path = checked_path(path)  # here, rather than at the end of a run
-        self.encoder, self.manifest, self.interval = encoder, manifest, interval
+        self.encoder, self.manifest, self.interval, self.record = encoder, manifest, interval, record
 
     def attach(self, engine: Engine) -> None:
         """Follow the trainer."""
@@ -48,4 +58,6 @@ class SaveEncoder:
         batches = getattr(engine, "accumulation_steps", 1)  # of one optimizer step; the last of an epoch may have fewer
         steps = epochs * -(-engine.state.epoch_length // batches) + rest // batches
         done = dataclasses.replace(self.manifest, steps=steps, epochs=epochs)
+        if self.record is not None:
+            done = dataclasses.replace(done, settings=self.record.configuration, run=self.record.for_weights())
         save_encoder(self.path, self.encoder, done)

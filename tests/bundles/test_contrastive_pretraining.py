@@ -15,9 +15,12 @@ from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medclr import load_encoder
+from medclr.data import read_datalist
+from medclr.engine import CheckpointFolder
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
-from medclr.weights import read_manifest
+from medclr.weights import encoder_state_dict, read_manifest
+from medclr.weights.manifest import LEFT_OUT
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "contrastive_pretraining"
 CONFIGS = BUNDLE / "configs"
@@ -95,10 +98,70 @@ def test_the_manifest_says_how_the_weights_were_made(trained: tuple[Path, Path])
     assert manifest.datalist_digest
 
 
-def test_the_checkpoint_holds_method_optimizer_schedule_and_scaler(trained: tuple[Path, Path]) -> None:
-    state = torch.load(trained[1] / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"method", "optimizer", "lr_scheduler", "trainer"}
-    assert "grad_scaler" in state["trainer"]
+def test_the_checkpoint_holds_all_that_the_run_was(trained: tuple[Path, Path]) -> None:
+    found = CheckpointFolder(trained[1] / "checkpoints").newest()
+    assert found is not None
+    assert set(found.state["items"]) == {"method", "optimizer", "lr_scheduler"}
+    assert {"grad_scaler", "iteration"} <= set(found.state["trainer"])
+    assert found.state["best"][0][1] >= 1
+    assert found.about["completed"]
+    assert found.about["step"] == 6
+    assert found.about["configuration"]["train"]["trainer"]["clip_norm"] == 1.0
+
+
+def test_run_and_weights_say_with_what_they_were_made(trained: tuple[Path, Path]) -> None:
+    run = json.loads((trained[1] / "run.json").read_text())
+    assert run["configuration"]["batch_size"] == 2
+    assert run["configuration"]["val_metric"] in ("pair_recall", "effective_rank")
+    assert run["datalist_digest"] == read_datalist(trained[0]).digest()
+    manifest = read_manifest(trained[1] / "encoder.safetensors")
+    assert manifest.settings["batch_size"] == 2
+    assert manifest.settings["datalist"] == LEFT_OUT
+    assert manifest.run["hardware"]["cores"]
+    assert manifest.run["wall_s"] >= 0
+
+
+def test_a_complete_run_is_not_run_again(trained: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    datalist, output = trained
+    before = (output / "encoder.safetensors").stat().st_mtime_ns
+    run = workflow(["train.yaml"], "train", datalist=str(datalist), output_dir=str(output))
+    run.initialize()
+    with caplog.at_level(logging.INFO):
+        run.run()
+    assert any("the run is complete (6 steps)" in message for message in caplog.messages)
+    assert (output / "encoder.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(trained: tuple[Path, Path]) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(trained[1])}
+    run = workflow(["train.yaml"], "train", **settings, temperature=0.2, num_workers=1)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run.initialize()
+    message = str(find_cause(caught.value))
+    assert "temperature: 0.1 -> 0.2" in message
+    assert "num_workers" not in message
+
+
+def test_a_changed_datalist_is_refused(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads(trained[0].read_text())
+    content["validation"] = content["validation"][:-1]
+    other = trained[0].with_name("other.json")
+    other.write_text(json.dumps(content))
+    run = workflow(["train.yaml"], "train", datalist=str(other), output_dir=str(trained[1]))
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run.initialize()
+    assert "the datalist: other rows" in str(find_cause(caught.value))
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_noticed_at_the_start(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        workflow(
+            ["train.yaml"], "train", datalist=str(trained[0]), output_dir=str(tmp_path / "file" / "run")
+        ).initialize()
+    assert "The output folder cannot be written to" in str(find_cause(caught.value))
 
 
 def test_tensorboard_has_losses_metrics_learning_rate_and_both_views(trained: tuple[Path, Path]) -> None:
@@ -209,8 +272,9 @@ def test_the_same_seed_gives_the_same_encoder(trained: tuple[Path, Path], tmp_pa
     )
     run.initialize()
     run.run()
-    first, second = ((folder / "encoder.safetensors").read_bytes() for folder in (output, tmp_path))
-    assert first == second
+    first, second = (encoder_state_dict(folder / "encoder.safetensors") for folder in (output, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("val_interval", [0, 1])
@@ -239,12 +303,15 @@ def test_a_run_is_stopped_by_a_loss_that_is_no_number_and_says_what_to_change(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path), "val_interval": 0, "max_epochs": 20}
-    run = workflow(["train.yaml"], "train", learning_rate=1e30, **settings)
+    run = workflow(["train.yaml"], "train", learning_rate=1e30, save_interval=0, **settings)
     run.initialize()
     with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
         run.run()
     assert "The loss is no number" in str(find_cause(caught.value))
     assert not (tmp_path / "encoder.safetensors").exists()
+    batches = json.loads((tmp_path / "nonfinite_batches.json").read_text())
+    assert {entry["scan"] for entry in batches["scans"]} <= set(range(6))
+    assert batches["scans"]
 
 
 def test_a_run_whose_embeddings_collapse_is_stopped(trained: tuple[Path, Path], tmp_path: Path) -> None:

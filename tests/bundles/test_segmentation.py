@@ -16,7 +16,7 @@ from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medclr import Encoder, Manifest, load_encoder, save_encoder
-from medclr.data import Preprocessing
+from medclr.data import Preprocessing, read_datalist
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
 
@@ -100,7 +100,7 @@ def trained(datalist: Path, pretrained: Path, tmp_path_factory: pytest.TempPathF
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"network", "settings"}
+    assert set(content) == {"network", "settings", "run", "digest"}
     return content["network"]
 
 
@@ -111,7 +111,46 @@ def test_training_leaves_the_best_and_the_last_network_and_its_curves(trained: P
     scalars = set(events.Tags()["scalars"])
     assert {"loss", "learning_rate", "dice"} <= scalars
     assert len(events.Scalars("loss")) == 4
-    assert [point.step for point in events.Scalars("dice")] == [1, 2]
+    assert [point.step for point in events.Scalars("dice")] == [2, 4]
+
+
+def test_the_run_and_its_networks_say_with_what_they_were_made(trained: Path, datalist: Path) -> None:
+    content = json.loads((trained / "run.json").read_text())
+    assert content["configuration"]["out_channels"] == 2
+    assert content["datalist_digest"] == read_datalist(datalist).digest()
+    assert [attempt["outcome"] for attempt in content["attempts"]] == ["completed"]
+    about = torch.load(trained / "last.pt", weights_only=True)["run"]
+    assert about["hardware"]["cores"]
+    assert str(datalist) not in json.dumps(about)
+
+
+def test_a_complete_training_is_not_run_again_and_another_one_in_its_place_is_refused(
+    trained: Path, datalist: Path, pretrained: Path
+) -> None:
+    settings = {"datalist": str(datalist), "output_dir": str(trained), "pretrained": str(pretrained)}
+    before = (trained / "last.pt").stat().st_mtime_ns
+    run(["train.yaml"], "train", **settings)
+    assert (trained / "last.pt").stat().st_mtime_ns == before
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run(["train.yaml"], "train", **settings, learning_rate=0.1)
+    assert "learning_rate: 0.002 -> 0.1" in str(find_cause(caught.value))
+
+
+def test_a_run_that_an_error_stops_leaves_no_network_of_its_last_step(datalist: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run(
+            ["train.yaml"],
+            "train",
+            datalist=str(datalist),
+            output_dir=str(tmp_path),
+            learning_rate=1e30,
+            val_interval=0,
+            max_skipped=0,
+            max_epochs=20,
+        )
+    assert "The loss is no number" in str(find_cause(caught.value))
+    assert not (tmp_path / "last.pt").exists()
+    assert json.loads((tmp_path / "nonfinite_batches.json").read_text())["scans"]
 
 
 def test_a_frozen_encoder_is_the_pretrained_one_after_training(
@@ -233,9 +272,10 @@ def test_predictions_of_resampled_scans_return_to_their_grid(datalist: Path, tmp
     [(["train.yaml"], "train"), (["train.yaml", "evaluate.yaml"], "train"), (["inference.yaml"], "infer")],
 )
 def test_a_workflow_has_the_properties_that_monai_asks_for(
-    configs: list[str], kind: str, datalist: Path, trained: Path
+    configs: list[str], kind: str, datalist: Path, trained: Path, tmp_path: Path
 ) -> None:
-    done = workflow(configs, kind, datalist=str(datalist), output_dir=str(trained))
+    output = tmp_path if configs == ["train.yaml"] else trained
+    done = workflow(configs, kind, datalist=str(datalist), output_dir=str(output))
     done.initialize()
     assert done.check_properties() in (None, [])
 

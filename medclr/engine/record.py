@@ -1,0 +1,169 @@
+"""The run manifest: how a run was started, with what, on what, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from medclr import distributed
+from medclr.disk import replacing
+from medclr.weights.manifest import Manifest, package_versions
+
+logger = logging.getLogger(__name__)
+
+RUNNING: Final = "running"
+"""Outcome of an attempt that goes on, or that was killed and could not say so."""
+
+
+class RunRecord:
+    """What is known about a run, in ``run.json`` of the output folder, and in the manifest of the weights.
+
+    A run may take several attempts: each that goes on with a checkpoint adds its command, versions, hardware and time.
+
+    Args:
+        path: the file, rewritten when an attempt starts and ends; None writes none.
+        seed: the run's seed.
+        datalist_digest: of the datalist that is trained on.
+        bundle_root: folder of the bundle, to ask git for its commit.
+
+    Example:
+        >>> record = RunRecord(None, seed=0)
+        >>> record.start({"learning_rate": 0.001}, step=0)
+        >>> sorted(record.describe())[:3]
+        ['attempts', 'command', 'configuration']
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        seed: int | None = None,
+        datalist_digest: str | None = None,
+        bundle_root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.seed, self.datalist_digest, self.bundle_root = seed, datalist_digest, bundle_root
+        self.configuration: dict[str, Any] = {}
+        self.attempts: list[dict[str, Any]] = []
+        self._start = time.monotonic()
+
+    def start(self, configuration: Mapping[str, Any], *, step: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin an attempt.
+
+        Args:
+            configuration: of this attempt, as plain values.
+            step: where it begins.
+            earlier: attempts before this one, of the checkpoint that it goes on with.
+        """
+        self._start = time.monotonic()
+        self.configuration = json.loads(json.dumps(configuration, default=str))
+        commits = {"medclr": commit_of(Path(__file__).parents[1])}
+        if self.bundle_root is not None:
+            commits["bundle"] = commit_of(Path(self.bundle_root))
+        attempt = {
+            "command": list(sys.orig_argv),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": package_versions(),
+            "git": commits,
+            "hardware": hardware(),
+            "from_step": step,
+        }
+        self.attempts = [*map(dict, earlier), attempt]
+        for before in self.attempts[:-1]:
+            if before["outcome"] == RUNNING:
+                before["outcome"] = "killed"
+        self._update(step, RUNNING)
+        self.write()
+
+    def end(self, step: int, outcome: str) -> None:
+        """End the attempt: ``completed``, ``stopped by SIGTERM``, or the kind of error."""
+        self._update(step, outcome)
+        self.write()
+
+    def so_far(self, step: int, outcome: str = RUNNING) -> list[dict[str, Any]]:
+        """All attempts, this one up to now."""
+        self._update(step, outcome)
+        return [dict(attempt) for attempt in self.attempts]
+
+    def describe(self) -> dict[str, Any]:
+        """The run, as plain values; the last attempt's command, versions and hardware stand for the run."""
+        last = self.attempts[-1] if self.attempts else {}
+        return {
+            "seed": self.seed,
+            "datalist_digest": self.datalist_digest,
+            "command": last.get("command"),
+            "versions": last.get("versions"),
+            "git": last.get("git"),
+            "hardware": last.get("hardware"),
+            "wall_s": round(sum(attempt["wall_s"] for attempt in self.attempts), 1),
+            "configuration": self.configuration,
+            "attempts": self.attempts,
+        }
+
+    def for_weights(self) -> dict[str, Any]:
+        """What goes with weights, which travel: command, commits, hardware and time, without paths and dates."""
+        if self.attempts:
+            self._update(self.attempts[-1]["to_step"], self.attempts[-1]["outcome"])
+        about = self.describe()
+        values = {name: about[name] for name in ("command", "git", "hardware", "wall_s")}
+        return dict(Manifest("any", run={**values, "attempts": len(self.attempts)}).run)
+
+    def write(self) -> None:
+        """Write the file, on rank 0. A disk that fails does not end a run here: it is no part of its result."""
+        if self.path is None or distributed.rank() != 0:
+            return
+        try:
+            with replacing(self.path) as file:
+                file.write((json.dumps(self.describe(), indent=1) + "\n").encode())
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error.strerror or error)
+
+    def _update(self, step: int, outcome: str) -> None:
+        wall = round(time.monotonic() - self._start, 1)
+        self.attempts[-1] |= {"to_step": step, "outcome": outcome, "wall_s": wall}
+
+
+def commit_of(folder: Path) -> str | None:
+    """The git commit of a folder's checkout, with ``-dirty`` where files differ from it; None outside of git."""
+    try:
+        tracked = _git(folder, "ls-files", "--error-unmatch", ".")  # a package installed inside another's checkout
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+    )
+    return done.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """What computes: processor, cores, memory, accelerator, ranks. No name of the machine."""
+    about: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        about["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if torch.cuda.is_available():
+        about["accelerator"] = torch.cuda.get_device_name()
+    return {**about, "ranks": distributed.world_size()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -96,7 +96,10 @@ class CheckpointFolder:
         name = f"{number:06d}_step_{about['step']}"
         with replacing(self._file(name, ".pt")) as file:
             hashing = _Hashing(file)
-            torch.save(dict(state), cast("IO[bytes]", hashing))
+            try:
+                torch.save(dict(state), cast("IO[bytes]", hashing))
+            except RuntimeError as error:  # torch's, which stumbles over the end of a file that could not be written
+                raise hashing.failure or error from error
         content = {**about, "format": FORMAT, "state_sha256": hashing.digest()}
         text = json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False)
         with replacing(self._file(name, ".json")) as file:
@@ -214,10 +217,15 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.state = file, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.state.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

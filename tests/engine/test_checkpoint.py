@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from medclr.engine import CheckpointFolder
+from medclr.engine import CheckpointFolder, explain
 from medclr.errors import ConfigError, MedclrError
 
 STATE = {"weights": torch.arange(300.0), "nested": {"rates": [0.1, 0.2], "none": None, "flag": True}}
@@ -155,7 +155,7 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path: Path, suffix: str, caplog
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys, torch
-from medclr.engine import CheckpointFolder
+from medclr.engine import CheckpointFolder, explain
 folder = CheckpointFolder(sys.argv[1])
 folder.write({"weights": torch.zeros(10)}, {"step": 1})
 replace, left = os.replace, int(sys.argv[2])
@@ -198,6 +198,23 @@ def test_a_folder_that_is_a_file_or_has_no_room_is_noticed_at_the_start(
     assert "MB" in str(caught.value)
     CheckpointFolder(tmp_path / "checkpoints").refuse_unusable(2**20)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_is_really_full_leaves_the_checkpoint_before(small_disk: Path) -> None:
+    folder = CheckpointFolder(small_disk / "checkpoints", keep=1)
+    folder.write({"weights": torch.ones(6000)}, {"step": 1})
+    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+    with pytest.raises(OSError, match="No space left") as caught:
+        folder.write({"weights": torch.ones(12000)}, {"step": 2})
+    assert isinstance(explain(caught.value), MedclrError)
+    assert "disk is full" in str(explain(caught.value))
+    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+    with pytest.raises(ConfigError, match="no room"):
+        folder.refuse_unusable(40_000)
+    folder.write({"weights": torch.ones(6000)}, {"step": 2})
+    found = folder.newest()
+    assert found is not None
+    assert found.about["step"] == 2
 
 
 def test_clearing_removes_checkpoints_alone(tmp_path: Path) -> None:

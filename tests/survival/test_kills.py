@@ -64,9 +64,9 @@ def killed_and_whole(
     Runs are ``longer`` epochs longer, so that many kills find something to kill.
     """
     if bundle == "segmentation":
-        datalist = _with_masks(rows, folder / "data")
+        datalist = _with_masks(rows, folder / "data", _training(rows))
     else:
-        datalist = write_datalist(rows, folder / "data", training=6)
+        datalist = write_datalist(rows, folder / "data", training=_training(rows))
     settings = {**COMMON, **BUNDLES[bundle], "datalist": str(datalist)}
     settings["max_epochs"] += longer
     order: dict[str, Any] = {"bundle": bundle, "most_events": 40, "seed": seed}
@@ -86,11 +86,16 @@ def killed_and_whole(
     return killed
 
 
-def _with_masks(rows: list[dict[str, Any]], folder: Path) -> Path:
+def _training(rows: list[dict[str, Any]]) -> int:
+    """How many rows to train on: six, or a few more, so that no patient is in two sections."""
+    return next(n for n in range(6, len(rows)) if rows[n]["patient_id"] != rows[n - 1]["patient_id"])
+
+
+def _with_masks(rows: list[dict[str, Any]], folder: Path, training: int) -> Path:
     folder.mkdir(parents=True)
     path = folder / "datalist.json"
     root = os.path.commonpath([row[key] for row in rows for key in ("image", "label")])
-    path.write_text(json.dumps({"dataset_dir": root, "training": rows[:6], "validation": rows[6:]}))
+    path.write_text(json.dumps({"dataset_dir": root, "training": rows[:training], "validation": rows[training:]}))
     return path
 
 

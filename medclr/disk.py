@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO, cast
+
+import torch
 
 _PART = ".part"
 
@@ -61,6 +66,74 @@ def _part_of(path: Path) -> Iterator[Path]:
         yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold a file as this process's own; a file system without locks is taken at its word.
+
+    The lock is the process's: it goes with it, however it ends, and its children do not have it.
+
+    Args:
+        path: the file; its folder is made.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                holder = file.read(20).decode(errors="replace").strip() or "unknown"
+                raise FileExistsError(error.errno, f"process {holder} holds it") from error
+        else:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+            file.flush()
+        yield
+
+
+def save_state(content: Mapping[str, Any], file: BinaryIO) -> str:
+    """``torch.save``, with a full disk as the ``OSError`` that it is.
+
+    Args:
+        content: tensors and plain values, in dictionaries and lists.
+        file: open for writing.
+
+    Returns:
+        The SHA-256 (hex) of what was written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    hashing = _Hashing(file)
+    try:
+        torch.save(dict(content), cast("IO[bytes]", hashing))
+    except RuntimeError as error:  # torch's, which stumbles over the end of a file that could not be written
+        raise hashing.failure or error from error
+    return hashing.state.hexdigest()
+
+
+class _Hashing:
+    """A file that takes the digest of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.state = file, hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.state.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def sync_folder(folder: Path) -> None:

@@ -72,9 +72,12 @@ class Quarantine:
         self._known[scan] = text
         logger.warning("scan %d of the datalist is quarantined: %s", scan, text)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:  # one short write in append mode is not interleaved
-                file.write(json.dumps({"scan": scan, "reason": text}) + "\n")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:  # one short write in append mode is not interleaved
+                    file.write(json.dumps({"scan": scan, "reason": text}) + "\n")
+            except OSError as error:  # of the list, which must not pass for an error of the scan
+                logger.warning("%s cannot be written: %s", self.path, error.strerror or error)
         if self._watched:
             self._stop_above_limit(text)
 

@@ -13,6 +13,7 @@ from medclr.engine.precision import autocast, default_precision
 from medclr.engine.prepare import PrepareViews
 from medclr.engine.record import RunRecord
 from medclr.engine.resume import ResumableRun
+from medclr.engine.same_run import check_output
 from medclr.engine.saving import SaveEncoder
 from medclr.engine.signals import STOPPED_EXIT_CODE
 from medclr.engine.trainer import ContrastiveTrainer
@@ -35,6 +36,7 @@ __all__ = [
     "StepSchedule",
     "ValidationLog",
     "autocast",
+    "check_output",
     "decay_groups",
     "default_precision",
     "embedding_report",

@@ -15,11 +15,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 
-from medclr.disk import remove_parts, replacing, try_writing
+from medclr.disk import remove_parts, replacing, save_state, try_writing
 from medclr.errors import ConfigError, MedclrError
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,9 @@ class CheckpointFolder:
         number = max((_number(name) for name in self.names()), default=0) + 1
         name = f"{number:06d}_step_{about['step']}"
         with replacing(self._file(name, ".pt")) as file:
-            hashing = _Hashing(file)
-            try:
-                torch.save(dict(state), cast("IO[bytes]", hashing))
-            except RuntimeError as error:  # torch's, which stumbles over the end of a file that could not be written
-                raise hashing.failure or error from error
-        content = {**about, "format": FORMAT, "state_sha256": hashing.digest()}
-        text = json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False)
+            digest = save_state(state, file)
+        content = {**about, "format": FORMAT, "state_sha256": digest}
+        text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
         with replacing(self._file(name, ".json")) as file:
             file.write(text.encode())
         self._remove_old()
@@ -134,28 +130,53 @@ class CheckpointFolder:
         """Read one checkpoint.
 
         Raises:
-            DamagedCheckpoint: it is not whole, or was written by a newer medclr.
+            DamagedCheckpoint: it is not whole.
+            MedclrError: it was written by a newer medclr.
+            OSError: the disk does not answer, which says nothing about the checkpoint.
         """
+        about = self.about(name)
         try:
-            about = json.loads(self._file(name, ".json").read_bytes())
-            digest = about.pop("sha256")
-            if digest != _digest(about):
-                raise ValueError("its description has another digest than it was written with")
-            if about["format"] > FORMAT:
-                raise ValueError(f"it was written by a newer medclr (format {about['format']})")
             with self._file(name, ".pt").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != about["state_sha256"]:
                     raise ValueError("its state has another digest than it was written with")
             state = torch.load(self._file(name, ".pt"), map_location="cpu", weights_only=True)
-        except Exception as error:  # JSON, zip and torch raise many kinds, depending on where a file is broken
-            reason = "its state is missing" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0][:160]
-            raise DamagedCheckpoint(
-                f"The checkpoint {name} is damaged.",
-                got=reason or type(error).__name__,
-                wanted="a checkpoint as it was written",
-                fix="Look at the disk: files that were written whole do not change by themselves.",
-            ) from error
+        except FileNotFoundError as error:
+            raise _damaged(name, "its state is missing") from error
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # torch raises many kinds, for what is no plain value
+            raise _damaged(name, str(error)) from error
         return Checkpoint(name, about, state)
+
+    def about(self, name: str) -> dict[str, Any]:
+        """What was written beside a checkpoint's state.
+
+        Raises:
+            As :meth:`read`.
+        """
+        try:
+            about: dict[str, Any] = json.loads(self._file(name, ".json").read_bytes())
+            if about.pop("sha256") != _digest(about):
+                raise ValueError("its description has another digest than it was written with")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(name, str(error)) from error
+        if about["format"] > FORMAT:
+            raise MedclrError(
+                "The checkpoints were written by a newer medclr.",
+                got=f"{name} of format {about['format']}",
+                wanted=f"at most {FORMAT}",
+                fix="Update medclr, or set another output_dir.",
+            )
+        return about
+
+    def newest_about(self) -> dict[str, Any] | None:
+        """What was written beside the newest state whose description is whole; None if there is none."""
+        for name in self.names():
+            try:
+                return self.about(name)
+            except DamagedCheckpoint:
+                continue
+        return None
 
     def clean(self) -> None:
         """Remove what a killed process had begun to write."""
@@ -190,11 +211,12 @@ class CheckpointFolder:
                 fix="Set output_dir to another folder, or free some space.",
             ) from error
         free = shutil.disk_usage(self.path).free
-        if free < 2 * expected_bytes:  # a new one is whole before an old one goes
+        count = 1 if self.names() else 2  # a new one is whole before an old one goes
+        if free < count * expected_bytes:
             raise ConfigError(
                 "The output folder has no room for checkpoints.",
                 got=f"{free / 2**20:.0f} MB free in {self.path}",
-                wanted=f"{2 * expected_bytes / 2**20:.0f} MB: {expected_bytes / 2**20:.0f} MB for each of two",
+                wanted=f"{count * expected_bytes / 2**20:.0f} MB: about {expected_bytes / 2**20:.0f} MB a checkpoint",
                 fix="Free some space, or set output_dir to another disk.",
             )
 
@@ -212,26 +234,13 @@ class CheckpointFolder:
         return self.path / f"{name}{suffix}"
 
 
-class _Hashing:
-    """A file that takes the digest of what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.state = file, hashlib.sha256()
-        self.failure: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.state.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def digest(self) -> str:
-        return self.state.hexdigest()
+def _damaged(name: str, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"The checkpoint {name} is damaged.",
+        got=reason.split("\n")[0][:160] or "no reason given",
+        wanted="a checkpoint as it was written",
+        fix="Look at the disk: files that were written whole do not change by themselves.",
+    )
 
 
 def _number(name: str) -> int:

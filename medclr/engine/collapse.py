@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from medclr import keys
+from medclr import distributed, keys
 from medclr.engine.guards import remember
 from medclr.engine.metrics import dimension_std, effective_rank
 from medclr.errors import ConfigError, MedclrError
@@ -73,13 +73,13 @@ class CollapseGuard:
             return
         z = projections.detach().float().flatten(0, 1)
         measured = [dimension_std(z), effective_rank(z)]
-        if not all(map(math.isfinite, measured)):
-            return
-        window = engine.state.collapse_window = [*engine.state.collapse_window, measured][-self.window :]
-        if len(window) < self.window:
-            return
-        highest_std, highest_rank = (max(column) for column in zip(*window, strict=True))
-        if highest_std >= self.min_std and highest_rank >= self.min_rank:
+        if all(map(math.isfinite, measured)):
+            engine.state.collapse_window = [*engine.state.collapse_window, measured][-self.window :]
+        window = engine.state.collapse_window
+        highest_std, highest_rank = (max(column) for column in zip(*(window or [[math.inf] * 2]), strict=True))
+        collapsed = len(window) == self.window and (highest_std < self.min_std or highest_rank < self.min_rank)
+        # All ranks stop together: one that went on alone would wait for the others.
+        if not distributed.any_rank([collapsed], engine.state.device)[0]:
             return
         loss, plateau = (float(engine.state.output.get(name, float("nan"))) for name in (keys.LOSS, keys.PLATEAU))
         health = (

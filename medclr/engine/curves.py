@@ -82,9 +82,12 @@ class Curves:
         self._writer = None
 
     def _start(self, engine: Engine) -> None:
+        earlier = any(Path(self.log_dir).glob("events.out.tfevents*"))
         if engine.state.iteration > 0:
             self.close()  # only a new file can say from which step on the others are no longer true
             self._purge_step = engine.state.iteration + 1
+        elif self._writer is None and earlier:
+            self._purge_step = 0  # of a run that was killed before its first checkpoint, or is begun anew
 
     def _write(self, method: str, *values: Any, **settings: Any) -> None:
         if self._failed or distributed.rank() != 0:

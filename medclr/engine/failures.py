@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -76,7 +77,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         yield error
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _from_worker(error: BaseException) -> MedclrError | None:
@@ -108,8 +109,14 @@ def _memory(error: BaseException) -> MedclrError | None:
     return None
 
 
+def _lost_while_sending(error: BaseException) -> bool:
+    """Whether a worker was lost after it had announced a batch and before it had handed it over."""
+    files = [frame.f_code.co_filename.replace("\\", "/") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, EOFError | ConnectionError) and any("torch/multiprocessing/" in file for file in files)
+
+
 def _worker(error: BaseException) -> MedclrError | None:
-    if not _LOST_WORKER.search(str(error)):
+    if not _LOST_WORKER.search(str(error)) and not _lost_while_sending(error):
         return None
     # Which signal it was may be known to a cause alone; where none is, the worker has most likely been killed.
     known = [found[1] for link in _chain(error) if (found := _SIGNAL.search(str(link)))] or ["Killed"]

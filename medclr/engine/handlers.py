@@ -113,7 +113,8 @@ class ContrastLog:
         """Both views of the first patients of the batch: middle slices, view 1 above view 2."""
         if (engine.state.epoch - 1) % self.picture_interval or self.pictures < 1:
             return
-        views = engine.state.output.get(VIEWS)
+        # An epoch's end that is repeated after a stop has no step before it, and no output.
+        views = engine.state.output.get(VIEWS) if isinstance(engine.state.output, Mapping) else None
         if views is None:
             return
         rows = [
@@ -188,6 +189,18 @@ class Progress:
             engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._work)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
             engine.add_event_handler(Events.COMPLETED, self.finish)
+            engine.add_event_handler(Events.TERMINATE, lambda: self.close())
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def close(self) -> None:
+        """Close the bar, which would otherwise be drawn once more after everything that is said at the end."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def fail(self, engine: Engine, error: BaseException) -> None:
+        """Close the bar of a run that fails; ignite leaves it to its listeners to raise the error."""
+        self.close()
+        raise error
 
     def start(self, engine: Engine) -> None:
         """Open the bar."""

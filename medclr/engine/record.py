@@ -18,10 +18,11 @@ import torch
 
 from medclr import distributed
 from medclr.disk import replacing
-from medclr.weights.manifest import Manifest, package_versions
+from medclr.weights.manifest import LEFT_OUT, Manifest, package_versions
 
 logger = logging.getLogger(__name__)
 
+PATHS: Final = ("datalist", "pretrained", "predictions", "results", "checkpoint", "output")
 RUNNING: Final = "running"
 """Outcome of an attempt that goes on, or that was killed and could not say so."""
 
@@ -79,12 +80,26 @@ class RunRecord:
             "hardware": hardware(),
             "from_step": step,
         }
-        self.attempts = [*map(dict, earlier), attempt]
+        self.attempts = [*map(dict, self._known(earlier)), attempt]
         for before in self.attempts[:-1]:
             if before["outcome"] == RUNNING:
                 before["outcome"] = "killed"
         self._update(step, RUNNING)
         self.write()
+
+    def _known(self, earlier: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The attempts of the checkpoint, or of the file, if that is of the same run and knows how they ended."""
+        try:
+            written = json.loads(self.path.read_bytes())["attempts"] if self.path is not None and earlier else []
+            same = [entry["started"] for entry in written[: len(earlier)]] == [entry["started"] for entry in earlier]
+            if not same or not all(isinstance(entry["wall_s"], float) for entry in written):
+                return earlier
+            # One that was killed has not written how far it came; its last checkpoint has.
+            both = zip(written, earlier, strict=False)
+            ended = [entry if entry["outcome"] != RUNNING else saved for entry, saved in both]
+            return [*ended, *written[len(earlier) :]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for reading by people, and perhaps edited
+            return earlier
 
     def end(self, step: int, outcome: str) -> None:
         """End the attempt: ``completed``, ``stopped by SIGTERM``, or the kind of error."""
@@ -117,7 +132,12 @@ class RunRecord:
             self._update(self.attempts[-1]["to_step"], self.attempts[-1]["outcome"])
         about = self.describe()
         values = {name: about[name] for name in ("command", "git", "hardware", "wall_s")}
+        values["command"] = _without_paths(values["command"] or [])
         return dict(Manifest("any", run={**values, "attempts": len(self.attempts)}).run)
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as it goes with weights: without what names files and folders."""
+        return {name: LEFT_OUT if _names_a_path(name) else value for name, value in self.configuration.items()}
 
     def write(self) -> None:
         """Write the file, on rank 0. A disk that fails does not end a run here: it is no part of its result."""
@@ -132,6 +152,22 @@ class RunRecord:
     def _update(self, step: int, outcome: str) -> None:
         wall = round(time.monotonic() - self._start, 1)
         self.attempts[-1] |= {"to_step": step, "outcome": outcome, "wall_s": wall}
+
+
+def _names_a_path(setting: str) -> bool:
+    return setting.rsplit("::", 1)[-1] in PATHS or setting.endswith(("_dir", "_file", "_root", "path", "folder"))
+
+
+def _without_paths(command: Sequence[str]) -> list[str]:
+    """A command line without what it says of files and folders, whose names may be anybody's."""
+    kept: list[str] = []
+    for before, word in zip(["", *command], command, strict=False):
+        name, equals, _ = word.lstrip("-").partition("=")
+        if before.startswith("-") and "=" not in before and _names_a_path(before.lstrip("-")):
+            kept.append(LEFT_OUT)
+        else:
+            kept.append(f"--{name}={LEFT_OUT}" if equals and _names_a_path(name) else word)
+    return kept
 
 
 def commit_of(folder: Path) -> str | None:

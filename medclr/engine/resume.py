@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,15 @@ import torch
 from ignite.engine import Engine, Events
 
 from medclr import distributed
-from medclr.disk import remove_parts
 from medclr.draws import stable_seed
 from medclr.engine import random_state
 from medclr.engine.checkpoint import Checkpoint, CheckpointFolder
 from medclr.engine.failures import explained
 from medclr.engine.record import RUNNING, RunRecord
-from medclr.engine.run_state import RunState, newest_on_all_ranks, of_this_rank, together
+from medclr.engine.run_state import RunState, alone, newest_on_all_ranks, of_this_rank, together
 from medclr.engine.same_run import MAY_CHANGE, refuse_another_run
-from medclr.engine.signals import STOPPED_EXIT_CODE, StopSignals
+from medclr.engine.signals import STOPPED_EXIT_CODE, StopSignals, let_workers_die_quietly
+from medclr.engine.timetable import Timetable
 from medclr.engine.trainer import place_in_step
 from medclr.errors import ConfigError
 
@@ -80,17 +80,10 @@ class ResumableRun:
             raise ConfigError(
                 "The way to resume is unknown.", got=resume, wanted="auto, force or never", fix="Set resume: auto."
             )
-        if every_steps < 0 or every_minutes < 0:
-            raise ConfigError(
-                "The time between two checkpoints is unusable.",
-                got=f"{every_steps} steps, {every_minutes} minutes",
-                wanted=">= 0; 0 is never",
-                fix="For example checkpoint_minutes: 15.",
-            )
         self.trainer, self.record, self.evaluators = trainer, record, list(evaluators)
         self.state = RunState(trainer, items, evaluators)
         self.folder = CheckpointFolder(folder, keep=keep)
-        self.how, self.every_steps, self.every_minutes = resume, every_steps, every_minutes
+        self.how, self.timetable = resume, Timetable(every_steps, every_minutes)
         self.may_change = (*MAY_CHANGE, *may_change)
         self.configuration: dict[str, Any] = {}
         self.resumed: Checkpoint | None = None
@@ -100,7 +93,9 @@ class ResumableRun:
         self._to_continue: random_state.RandomState | None = None  # as it was in the checkpoint, until it is put back
         self._steps = 0  # batches that are done, with all that follows from them
         self._epochs = 0  # epochs whose end, such as an evaluation, is done
-        self._saved_at, self._saved_when = 0, time.monotonic()
+        self._safe = 0  # steps that are in a checkpoint
+        self._read_back = False  # whether a checkpoint of this process was found readable
+        self._training = False
         self._broken_off = False  # an evaluation, by a signal
 
     @property
@@ -124,16 +119,13 @@ class ResumableRun:
             ConfigError: the folder cannot be written to, or holds a run with another configuration or datalist.
             MedclrError: no checkpoint is whole.
         """
-        self.configuration = dict(configuration or {})
+        self.configuration = json.loads(json.dumps(dict(configuration or {}), default=str))
         device = self.trainer.state.device
         with together(device):
             if distributed.rank() == 0:
                 self.folder.refuse_unusable(self.state.bytes())
-                self.folder.clean()
-                remove_parts(self.folder.path.parent)
-                if self.how == "never":
-                    self.folder.clear()
-        self.resumed = newest_on_all_ranks(self.folder, device)
+        if self.how != "never":
+            self.resumed = newest_on_all_ranks(self.folder, device)
         with together(device):
             if self.resumed is not None:
                 self._go_on_with(self.resumed)
@@ -153,20 +145,24 @@ class ResumableRun:
         if self.finished:
             logger.info("the run is complete (%d steps): nothing is left to do", self._steps)
             return
-        earlier = self.resumed.about["attempts"] if self.resumed is not None else []
-        self.record.start(self.configuration, step=self._steps, earlier=earlier)
-        self._saved_at, self._saved_when = self._steps, time.monotonic()
-        try:
-            with self.signals, explained():
-                self._train()
-        except Exception as error:
-            outcome = f"failed: {type(error).__name__}"
-            self._save_what_there_is(outcome)
-            if not self.stopped:
-                self.record.end(self._steps, outcome)
-                raise
-        self.record.end(self._steps, self._reason() if self.stopped else "completed")
-        if self.stopped:
+        with alone(self.folder, self.trainer.state.device, clear=self.how == "never"):
+            earlier = self.resumed.about["attempts"] if self.resumed is not None else []
+            self.record.start(self.configuration, step=self._steps, earlier=earlier)
+            self.timetable.begin(self._steps)
+            try:
+                with self.signals, explained():
+                    self._training = True
+                    self._train()
+            except Exception as error:
+                outcome = f"failed: {type(error).__name__}"
+                self._save_what_there_is(outcome)
+                if not self.stopped:
+                    self.record.end(self._steps, outcome)
+                    raise
+            finally:
+                self._training = False
+            self.record.end(self._steps, self._reason() if self.stopped else "completed")
+        if self.stopped or self.signals.received is not None:  # the latter while the last files were written
             again = f"start it again with the same output_dir to go on (exit code {STOPPED_EXIT_CODE})"
             logger.warning("%s after step %d, and saved: %s", self._reason(), self._steps, again)
             sys.exit(STOPPED_EXIT_CODE)
@@ -185,7 +181,7 @@ class ResumableRun:
         for event, handler in (
             (Events.STARTED, self._started),
             (Events.EPOCH_STARTED, self._epoch_started),
-            (Events.GET_BATCH_STARTED, self._continue_random),
+            (Events.GET_BATCH_STARTED, self._batch_wanted),
             (Events.ITERATION_COMPLETED, self._step_done),
             (Events.EPOCH_COMPLETED, self._epoch_done),
             (Events.COMPLETED, self._completed),
@@ -208,6 +204,10 @@ class ResumableRun:
         if engine.state.iteration % engine.state.epoch_length == 0:
             self._continue_random(engine)  # before a sampler draws the order of the epoch
 
+    def _batch_wanted(self, engine: Engine) -> None:
+        self._continue_random(engine)
+        let_workers_die_quietly()
+
     def _continue_random(self, engine: Engine) -> None:
         if self._to_continue is not None:
             random_state.put_back(self._to_continue)
@@ -215,7 +215,7 @@ class ResumableRun:
 
     def _step_done(self, engine: Engine) -> None:
         self._random, self._steps = random_state.take(), engine.state.iteration
-        stop, due = self._agreed(self.signals.received is not None, self._due())
+        stop, due = self._agreed(self.signals.received is not None, self.timetable.due(self._steps))
         if not place_in_step(engine)[1]:  # the gradients of half an optimizer step are in no checkpoint
             return
         if stop:
@@ -224,7 +224,9 @@ class ResumableRun:
             self._save()
 
     def _epoch_done(self, engine: Engine) -> None:
-        stop, due, broken_off = self._agreed(self.signals.received is not None, self._due(), self._broken_off)
+        stop, due, broken_off = self._agreed(
+            self.signals.received is not None, self.timetable.due(self._steps), self._broken_off
+        )
         if not broken_off:
             self._epochs, self._random = engine.state.epoch, random_state.take()
         if stop or broken_off:
@@ -237,7 +239,7 @@ class ResumableRun:
 
     def _break_off(self, evaluator: Any) -> None:
         # On several ranks the others would wait for this one's share of the metric.
-        if self.signals.received is not None and not distributed.is_distributed():
+        if self._training and self.signals.received is not None and not distributed.is_distributed():
             self._broken_off = True
             evaluator.terminate(skip_completed=True)
 
@@ -250,18 +252,13 @@ class ResumableRun:
         received = self.signals.received
         return f"stopped by {received.name if received is not None else 'a signal to another rank'}"
 
-    def _due(self) -> bool:
-        by_steps = self.every_steps and self.trainer.state.iteration - self._saved_at >= self.every_steps
-        by_time = self.every_minutes and time.monotonic() - self._saved_when >= 60 * self.every_minutes
-        return bool(by_steps or by_time)
-
     def _agreed(self, *flags: bool) -> list[bool]:
         return distributed.any_rank(flags, self.trainer.state.device)
 
     def _save(self, outcome: str = RUNNING) -> None:
         state = self.trainer.state
         randoms = random_state.of_all_ranks(self._random or random_state.take(), state.device)
-        self._saved_at, self._saved_when = self._steps, time.monotonic()
+        self.timetable.begin(self._steps)
         about = {
             "step": self._steps,
             "epochs_ended": self._epochs,
@@ -275,32 +272,34 @@ class ResumableRun:
         with together(state.device):
             if distributed.rank() == 0:
                 try:
-                    self.folder.write({**self.state.take(), "random": randoms}, about)
+                    name = self.folder.write({**self.state.take(), "random": randoms}, about)
+                    self._safe = self._steps
+                    if not self._read_back:  # what no checkpoint can hold shows now, rather than when it is needed
+                        self.folder.read(name)
+                        self._read_back = True
                 except OSError as error:
                     if outcome != RUNNING:
                         raise
-                    logger.warning(
-                        "no checkpoint at step %d: %s. The one before stays, and the next will be tried. Free some "
-                        "space.",
-                        self._steps,
-                        error.strerror or error,
-                    )
+                    reason = f"{error.strerror or error}. The one before stays, and the next will be tried."
+                    logger.warning("no checkpoint at step %d: %s Free some space.", self._steps, reason)
 
     def _save_what_there_is(self, outcome: str) -> None:
         """After an error between two steps, such as a scan that cannot be read, all is as it was after the last one."""
-        whole = self.trainer.state.iteration == self._steps > self._saved_at and place_in_step(self.trainer)[1]
+        asked = self.signals.received is not None  # which may have reached the data loader's workers as well
+        whole = self.trainer.state.iteration == self._steps and place_in_step(self.trainer)[1]
         if not whole or distributed.is_distributed():
             return
         try:
-            self._save(outcome)
-        except OSError as error:
-            logger.warning("no checkpoint could be written: %s", error.strerror or error)
+            if self._steps > self._safe:
+                self._save(self._reason() if asked else outcome)
+        except Exception as error:  # whatever it is, the one that has stopped the run matters more
+            logger.warning("no checkpoint could be written: %s", error)
         else:
-            self.stopped = self.signals.received is not None  # a signal may have reached the data loader's workers too
+            self.stopped = asked
 
     def _go_on_with(self, checkpoint: Checkpoint) -> None:
         about, trainer = checkpoint.about, self.trainer
-        refuse_another_run(
+        changed = refuse_another_run(
             about,
             {
                 "configuration": self.configuration,
@@ -311,8 +310,9 @@ class ResumableRun:
             may_change=self.may_change,
             force=self.how == "force",
         )
-        self.state.put_back(checkpoint)
-        self._steps, self._epochs = about["step"], about["epochs_ended"]
+        self.state.put_back(checkpoint, changed=changed or about["max_epochs"] != trainer.state.max_epochs)
+        self._steps = self._safe = about["step"]
+        self._epochs = about["epochs_ended"]
         self._random = self._to_continue = of_this_rank(checkpoint.state["random"])
         self.state.leave_out(self._steps % trainer.state.epoch_length)
         total = trainer.state.max_epochs * trainer.state.epoch_length

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from medclr import distributed
+from medclr.disk import claimed, remove_parts
 from medclr.engine.checkpoint import Checkpoint, CheckpointFolder
 from medclr.engine.random_state import RandomState
-from medclr.errors import MedclrError
+from medclr.errors import ConfigError, MedclrError
 
 logger = logging.getLogger(__name__)
-
-_HORIZON: Final = ("t_total", "warmup_steps", "T_max", "total_iters", "total_steps")
-"""What learning-rate schedules keep of the length of a run, which the configuration decides and no checkpoint."""
 
 
 class RunState:
@@ -41,13 +41,23 @@ class RunState:
             "trainer": dict(self.trainer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "best": [
-                [float(evaluator.state.best_metric), int(evaluator.state.best_metric_epoch)]
+                {
+                    "key": evaluator.state.key_metric_name,
+                    "metric": float(evaluator.state.best_metric),
+                    "epoch": int(evaluator.state.best_metric_epoch),
+                }
                 for evaluator in self.evaluators
             ],
         }
 
-    def put_back(self, checkpoint: Checkpoint) -> None:
-        """Let the run be as it was, but for its length, which the configuration decides.
+    def put_back(self, checkpoint: Checkpoint, *, changed: bool) -> None:
+        """Let the run be as it was, but for its length and other settings, which the configuration decides.
+
+        Args:
+            checkpoint: to go on with.
+            changed: whether the configuration, or the length of the run, is another than the checkpoint's: the
+                optimizer then keeps its own learning rate, decay and the like, and takes over its moments alone, and a
+                schedule is its own, moved forward by as many steps as are done.
 
         Raises:
             MedclrError: the checkpoint is of other objects.
@@ -56,11 +66,24 @@ class RunState:
         try:
             if set(content["items"]) != set(self.items):
                 raise KeyError(f"it holds {', '.join(content['items'])} instead of {', '.join(self.items)}")
+            schedules = {name: item for name, item in self.items.items() if isinstance(item, LRScheduler)}
             for name, item in self.items.items():
-                _load(item, content["items"][name])
-            trainer.load_state_dict({**content["trainer"], "max_epochs": trainer.state.max_epochs})
-            for evaluator, (metric, epoch) in zip(self.evaluators, content["best"], strict=False):
-                evaluator.state.best_metric, evaluator.state.best_metric_epoch = metric, epoch
+                if changed and isinstance(item, Optimizer):
+                    _load_moments(item, content["items"][name])
+                elif name not in schedules:
+                    item.load_state_dict(content["items"][name])
+            for name, schedule in schedules.items():  # after their optimizers, whose learning rates they set
+                if changed and not isinstance(schedule, ReduceLROnPlateau):
+                    _move_forward(schedule, content["items"][name]["last_epoch"])
+                else:
+                    schedule.load_state_dict(content["items"][name])
+            # What a guard remembers may be new since the checkpoint was written.
+            remembered = {name: getattr(trainer.state, name) for name in trainer.state_dict_user_keys}
+            length = {"max_epochs": trainer.state.max_epochs}
+            trainer.load_state_dict({**remembered, **content["trainer"], **length})
+            for evaluator, best in zip(self.evaluators, content["best"], strict=False):
+                if best["key"] == evaluator.state.key_metric_name:
+                    evaluator.state.best_metric, evaluator.state.best_metric_epoch = best["metric"], best["epoch"]
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise MedclrError(
                 "The checkpoint does not fit the run.",
@@ -91,6 +114,37 @@ class RunState:
     def bytes(self) -> int:
         """About what a checkpoint takes: Adam keeps two numbers beside each weight, from the first step on."""
         return 3 * sum(_bytes(item.state_dict()) for item in self.items.values())
+
+
+@contextmanager
+def alone(folder: CheckpointFolder, device: torch.device | str = "cpu", *, clear: bool = False) -> Iterator[None]:
+    """Hold a run's folder against other processes, and remove what killed ones have left in it.
+
+    Args:
+        folder: of the checkpoints, inside the run's.
+        device: where collectives work.
+        clear: remove the checkpoints as well.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with ExitStack() as stack:
+        with together(device):
+            if distributed.rank() == 0:
+                try:
+                    stack.enter_context(claimed(folder.path / ".lock"))
+                except FileExistsError as error:
+                    raise ConfigError(
+                        "Another process runs in this output folder.",
+                        got=f"{error.strerror}, in {folder.path}",
+                        wanted="one run a folder",
+                        fix="Set another output_dir, or wait for it, or end it.",
+                    ) from error
+                folder.clean()
+                remove_parts(folder.path.parent)
+                if clear:
+                    folder.clear()
+        yield
 
 
 def newest_on_all_ranks(folder: CheckpointFolder, device: torch.device | str = "cpu") -> Checkpoint | None:
@@ -132,10 +186,10 @@ def together(device: torch.device | str = "cpu") -> Iterator[None]:
     Raises:
         MedclrError: on the ranks that did not fail themselves.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as caught:
+    except BaseException as caught:
         error = caught
     failed = distributed.any_rank([error is not None], device)[0]
     if error is not None:
@@ -146,11 +200,18 @@ def together(device: torch.device | str = "cpu") -> Iterator[None]:
         )
 
 
-def _load(item: Any, state: Any) -> None:
-    horizon = {name: getattr(item, name) for name in _HORIZON if isinstance(item, LRScheduler) and hasattr(item, name)}
-    item.load_state_dict(state)
-    for name, value in horizon.items():
-        setattr(item, name, value)
+def _load_moments(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def _move_forward(schedule: LRScheduler, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer has not been stepped
+        for _ in range(steps):
+            schedule.step()
 
 
 def _bytes(state: Any) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
+from medclr import distributed
+from medclr.engine.checkpoint import CheckpointFolder
 from medclr.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -14,27 +17,36 @@ MAY_CHANGE: Final = (
     *("imports", "initialize", "run", "finalize", "bundle_root", "datalist", "dataset_dir", "output_dir", "device"),
     *("num_workers", "cache_mb", "max_bad_scans", "log_interval", "val_interval", "val_metric", "save_interval"),
     *("resume", "resumable", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "on_collapse"),
-    *("max_skipped", "data", "train::handlers", "train::quarantine", "train::dataloader::num_workers"),
-    *("train::dataloader::persistent_workers", "train::dataloader::pin_memory", "validate", "curves", "record"),
+    *("max_skipped", "data", "train::quarantine", "validate", "curves", "record"),
+    *(f"train::dataloader::{name}" for name in ("num_workers", "persistent_workers", "pin_memory")),
+    *(f"train::dataloader::{name}" for name in ("prefetch_factor", "timeout", "multiprocessing_context")),
     *("manifest", "settings", "checkpoint", "section", "results", "predictions", "class_names", "overlap"),
     *("last", "best"),
 )
 """Keys of the bundles that decide where and how fast a run computes and what it reports, not what it computes. The
 datalist is compared by its content."""
 MAY_RISE: Final = ("max_epochs",)
+WATCHERS: Final = (
+    *("Advice", "CollapseGuard", "ContrastLog", "NonFiniteGuard", "Progress", "SaveEncoder"),
+    *("ValidationHandler", "StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "CheckpointSaver"),
+)
+"""Handlers that look at a training and do not change it; others count as part of the configuration."""
 ABSENT: Final = "(not there)"
 
 
 def refuse_another_run(
     checkpoint: Mapping[str, Any], run: Mapping[str, Any], *, may_change: Sequence[str], force: bool
-) -> None:
+) -> bool:
     """Raise for a run that would go on with the checkpoint of another.
 
     Args:
         checkpoint: ``configuration``, ``datalist_digest``, ``epoch_length``, ``max_epochs`` and ``step`` of it.
         run: the same of the run, but for ``step``.
         may_change: see :func:`differences`.
-        force: warn of what differs, and raise only where epochs have another length.
+        force: warn of what differs, and raise only where the run could not go on at all.
+
+    Returns:
+        Whether something differs.
 
     Raises:
         ConfigError: with all that differs.
@@ -42,17 +54,8 @@ def refuse_another_run(
     lines = differences(checkpoint["configuration"], run["configuration"], may_change=may_change, may_rise=MAY_RISE)
     if checkpoint["datalist_digest"] != run["datalist_digest"]:
         lines.append("the datalist: other rows")
-    if checkpoint["step"] > run["max_epochs"] * checkpoint["epoch_length"]:
-        lines.append(f"max_epochs: {run['max_epochs']}, and step {checkpoint['step']} is beyond that")
     if lines and not force:
-        shown = [*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])]
-        raise ConfigError(
-            "The output folder holds a run with another configuration.",
-            got="".join(f"\n            {line}" for line in shown),
-            wanted="the configuration that its checkpoints were made with",
-            fix="Set output_dir to a new folder; or take these settings back; or go on all the same with resume: "
-            "force; or start anew with resume: never, which removes the checkpoints.",
-        )
+        raise _another_configuration(lines)
     if lines:
         logger.warning("the run goes on with another configuration:\n  %s", "\n  ".join(lines))
     if checkpoint["epoch_length"] != run["epoch_length"]:
@@ -62,6 +65,69 @@ def refuse_another_run(
             wanted=f"{checkpoint['epoch_length']}, as in the checkpoint",
             fix="Take the scans, the batch size and the number of ranks as they were, or set another output_dir.",
         )
+    if checkpoint["step"] > run["max_epochs"] * run["epoch_length"]:
+        raise ConfigError(
+            "The run has gone further than it is asked to.",
+            got=f"max_epochs {run['max_epochs']}, {run['epoch_length']} batches each",
+            wanted=f"at least the {checkpoint['step']} steps that are done",
+            fix="Raise max_epochs, or set another output_dir.",
+        )
+    return bool(lines)
+
+
+def check_output(
+    folder: str | Path,
+    configuration: Mapping[str, Any],
+    datalist_digest: str | None = None,
+    *,
+    resume: str = "auto",
+    may_change: Sequence[str] = (),
+) -> None:
+    """Find out before any scan is read that a run could not be saved, or would go on with another run's checkpoint.
+
+    For the second of a bundle's ``initialize``. Expressions that have no value yet are not compared; the run itself
+    compares all (:class:`~medclr.engine.ResumableRun`).
+
+    Args:
+        folder: of the checkpoints.
+        configuration: of the run.
+        datalist_digest: of its datalist.
+        resume: only ``auto`` compares.
+        may_change: see :func:`differences`.
+
+    Raises:
+        ConfigError: the folder cannot be written to, or holds another run.
+    """
+    if distributed.rank() != 0:
+        return
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.refuse_unusable(0)
+    about = checkpoints.newest_about() if resume == "auto" else None
+    if about is None:
+        return
+    known = {
+        name: value
+        for name, value in configuration.items()
+        if not (isinstance(value, str) and value.startswith(("$", "@")))
+    }
+    unknown = configuration.keys() - known.keys()
+    before = {name: value for name, value in about["configuration"].items() if name not in unknown}
+    lines = differences(before, known, may_change=(*MAY_CHANGE, *may_change), may_rise=MAY_RISE)
+    if about["datalist_digest"] != datalist_digest:
+        lines.append("the datalist: other rows")
+    if lines:
+        raise _another_configuration(lines)
+
+
+def _another_configuration(lines: Sequence[str]) -> ConfigError:
+    shown = [*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])]
+    return ConfigError(
+        "The output folder holds a run with another configuration.",
+        got="".join(f"\n            {line}" for line in shown),
+        wanted="the configuration that its checkpoints were made with",
+        fix="Set output_dir to a new folder; or take these settings back; or go on all the same with resume: force; or "
+        "start anew with resume: never, which removes the checkpoints.",
+    )
 
 
 def differences(
@@ -75,7 +141,7 @@ def differences(
         may_change: keys (``a::b``) that may differ, with all below them.
         may_rise: keys whose number may become larger.
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(_flat(_without_watchers(before))), dict(_flat(_without_watchers(now)))
     lines = []
     for key in dict.fromkeys([*old, *new]):
         was, has = old.get(key, ABSENT), new.get(key, ABSENT)
@@ -86,6 +152,20 @@ def differences(
             continue
         lines.append(f"{key}: {was} -> {has}" + (" (may only rise)" if key in may_rise else ""))
     return lines
+
+
+def _without_watchers(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+    train = configuration.get("train")
+    handlers = train.get("handlers") if isinstance(train, Mapping) else None
+    if not isinstance(train, Mapping) or not isinstance(handlers, list):
+        return configuration
+    kept = [
+        entry
+        for entry in handlers
+        if not isinstance(entry, Mapping) or str(entry.get("_target_")).rsplit(".", 1)[-1] not in WATCHERS
+    ]
+    others = {name: value for name, value in train.items() if name != "handlers"}
+    return {**configuration, "train": {**others, "handlers": kept} if kept else others}
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from ignite.engine import Engine, Events
@@ -13,6 +14,8 @@ from medclr.errors import ConfigError
 from medclr.models import Encoder
 from medclr.weights import Manifest, save_encoder
 from medclr.weights.io import checked_path
+
+logger = logging.getLogger(__name__)
 
 
 class SaveEncoder:
@@ -49,15 +52,26 @@ class SaveEncoder:
         """Follow the trainer."""
         if distributed.rank() == 0:
             if self.interval:
-                engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+                engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save_meanwhile)
             engine.add_event_handler(Events.COMPLETED, self.save)
 
+    def save_meanwhile(self, engine: Engine) -> None:
+        """Write the file; a disk that fails ends no run."""
+        try:
+            self.save(engine)
+        except OSError as error:
+            logger.warning("the encoder cannot be saved: %s; the run goes on", error.strerror or error)
+
     def save(self, engine: Engine) -> None:
-        """Write the file."""
+        """Write the file.
+
+        Raises:
+            OSError: it cannot be written; the one before is as it was.
+        """
         epochs, rest = divmod(engine.state.iteration, engine.state.epoch_length)
         batches = getattr(engine, "accumulation_steps", 1)  # of one optimizer step; the last of an epoch may have fewer
         steps = epochs * -(-engine.state.epoch_length // batches) + rest // batches
         done = dataclasses.replace(self.manifest, steps=steps, epochs=epochs)
         if self.record is not None:
-            done = dataclasses.replace(done, settings=self.record.configuration, run=self.record.for_weights())
+            done = dataclasses.replace(done, settings=self.record.settings(), run=self.record.for_weights())
         save_encoder(self.path, self.encoder, done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -16,7 +17,9 @@ SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "
 
 
 class StopSignals:
-    """Remembers the first signal that asks to stop, in place of dying of it; a second one acts at once, as usual.
+    """Remembers the first signal that asks to stop, in place of dying of it; a later one acts at once, as usual.
+
+    Of two within ``grace`` seconds the second does not count: a scheduler and ``torchrun`` may both send the first.
 
     Outside the main thread no handler can be installed, and nothing is done. A process that was forked off, such as a
     data loader's worker, leaves the matter to its parent.
@@ -27,10 +30,12 @@ class StopSignals:
         ...         step()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 1.0) -> None:
+        self.grace = grace
         self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
         self._process = 0
+        self._when = 0.0
 
     def __enter__(self) -> StopSignals:
         self.received, self._process = None, os.getpid()
@@ -49,10 +54,22 @@ class StopSignals:
         if os.getpid() != self._process:
             return
         if self.received is not None:
-            self.__exit__(None, None, None)
-            os.kill(self._process, number)
+            if time.monotonic() - self._when > self.grace:
+                self.__exit__(None, None, None)
+                os.kill(self._process, number)
             return
+        self._when = time.monotonic()
         self.received = signal.Signals(number)
         # Not by print or logging, which may be in the middle of a line of their own.
         text = f"\n{self.received.name}: the run stops after this step, and saves; once more to stop at once\n"
         os.write(2, text.encode())
+
+
+def let_workers_die_quietly() -> None:
+    """Keep the death of a data loader's worker from interrupting a step; the next batch tells of it, between two steps.
+
+    torch raises it from a handler of SIGCHLD, at whatever the process is doing, such as writing a checkpoint.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medclr import distributed
 from medclr.data import Preprocessing
-from medclr.disk import replacing
+from medclr.disk import replacing, save_state
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import find_encoder
 from medclr.weights.digest import digest
@@ -105,9 +105,16 @@ class SaveNetwork:
             engine.add_event_handler(Events.COMPLETED, self.save)
 
     def save_if_best(self, engine: Engine) -> None:
-        """Write the file if the evaluation that ends is the best so far."""
+        """Write the file if the evaluation that ends is the best so far; a disk that fails ends no training."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            self.save(engine)
+            try:
+                self.save(engine)
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be written: %s; the one before stays, and the training goes on",
+                    self.path.name,
+                    error.strerror or error,
+                )
 
     def save(self, engine: Engine) -> None:
         """Write the file.
@@ -122,7 +129,7 @@ class SaveNetwork:
         if self.record is not None:
             about[RUN] = json.loads(json.dumps(self.record()))  # plain values, or the file could not be read back
         with replacing(self.path) as file:
-            torch.save({NETWORK: state, **about, DIGEST: digest(state, about)}, file)
+            save_state({NETWORK: state, **about, DIGEST: digest(state, about)}, file)
         logger.info("%s is written", self.path.name)
 
 

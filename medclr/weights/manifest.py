@@ -27,7 +27,7 @@ _FILTERED: Final = ("settings", "run")
 _LONGEST_LIST: Final = 64
 _PRIVATE_TEXT: Final = re.compile(
     r"[\\/]|^~|\.(nii|gz|dcm|mha|nrrd|json|csv|tsv|h5|npy|npz|pt|pth|safetensors|ya?ml)$"
-    r"|\b(19|20)\d\d-?[01]\d-?[0-3]\d",
+    r"|(?<!\d)(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?!\d)",
     re.IGNORECASE,
 )
 

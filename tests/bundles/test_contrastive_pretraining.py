@@ -3,20 +3,23 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.bundle.workflows import _reject_executable_logging_config
 from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from medclr import load_encoder
+from medclr import load_encoder, save_encoder
 from medclr.data import read_datalist
-from medclr.engine import CheckpointFolder
+from medclr.engine import STOPPED_EXIT_CODE, CheckpointFolder
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
 from medclr.weights import encoder_state_dict, read_manifest
@@ -103,7 +106,7 @@ def test_the_checkpoint_holds_all_that_the_run_was(trained: tuple[Path, Path]) -
     assert found is not None
     assert set(found.state["items"]) == {"method", "optimizer", "lr_scheduler"}
     assert {"grad_scaler", "iteration"} <= set(found.state["trainer"])
-    assert found.state["best"][0][1] >= 1
+    assert found.state["best"][0]["epoch"] >= 1
     assert found.about["completed"]
     assert found.about["step"] == 6
     assert found.about["configuration"]["train"]["trainer"]["clip_norm"] == 1.0
@@ -132,8 +135,11 @@ def test_a_complete_run_is_not_run_again(trained: tuple[Path, Path], caplog: pyt
     assert (output / "encoder.safetensors").stat().st_mtime_ns == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused(trained: tuple[Path, Path]) -> None:
+def test_another_configuration_in_the_same_folder_is_refused_before_any_scan_is_read(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"datalist": str(trained[0]), "output_dir": str(trained[1])}
+    monkeypatch.setattr("medclr.data.Preprocessing.volume", lambda *values: pytest.fail("a scan was read"))
     run = workflow(["train.yaml"], "train", **settings, temperature=0.2, num_workers=1)
     with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
         run.initialize()
@@ -153,10 +159,54 @@ def test_a_changed_datalist_is_refused(trained: tuple[Path, Path], tmp_path: Pat
     assert "the datalist: other rows" in str(find_cause(caught.value))
 
 
-def test_an_output_folder_that_cannot_be_written_to_is_noticed_at_the_start(
-    trained: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_run_stopped_by_a_signal_at_any_step_goes_on_to_the_same_encoder(
+    trained: tuple[Path, Path], tmp_path: Path, step: int
+) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path)}
+    run = workflow(["train.yaml"], "train", **settings)
+    run.initialize()
+    trainer = run.parser.get_parsed_content("train::trainer")
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=step), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run.run()
+    assert stopped.value.code == STOPPED_EXIT_CODE
+    again = workflow(["train.yaml"], "train", **settings)
+    again.initialize()
+    again.run()
+    attempts = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    assert [attempt["to_step"] for attempt in attempts] == [step, 6]
+    expected, found = (encoder_state_dict(folder / "encoder.safetensors") for folder in (trained[1], tmp_path))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_while_the_encoder_is_saved_ends_no_run(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = [True]
+
+    def save(*values: Any) -> Any:
+        if full.pop() if full else False:
+            raise OSError(28, "No space left on device")
+        return save_encoder(*values)
+
+    monkeypatch.setattr("medclr.engine.saving.save_encoder", save)
+    run = workflow(["train.yaml"], "train", datalist=str(trained[0]), output_dir=str(tmp_path))
+    run.initialize()
+    with caplog.at_level(logging.WARNING):
+        run.run()
+    assert any("the encoder cannot be saved: No space left on device" in message for message in caplog.messages)
+    assert read_manifest(tmp_path / "encoder.safetensors").steps == 6
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_noticed_before_any_scan_is_read(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr("medclr.data.Preprocessing.volume", lambda *values: pytest.fail("a scan was read"))
     with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
         workflow(
             ["train.yaml"], "train", datalist=str(trained[0]), output_dir=str(tmp_path / "file" / "run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Run:
         digest: str = "rows",
         evaluate: bool = True,
         seed: int = 3,
+        schedule: Callable[[Any, int], Any] | None = None,
         **settings: Any,
     ) -> None:
         torch.manual_seed(seed)
@@ -89,7 +90,8 @@ class Run:
                 nn.Flatten(), nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1)
             )
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate)
-        self.scheduler = WarmupCosineSchedule(self.optimizer, 3, epochs * PATIENTS // BATCH)
+        make = schedule if schedule is not None else lambda optimizer, total: WarmupCosineSchedule(optimizer, 3, total)
+        self.scheduler = make(self.optimizer, epochs * PATIENTS // BATCH)
         common: dict[str, Any] = {
             "device": "cpu",
             "max_epochs": epochs,

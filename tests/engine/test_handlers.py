@@ -485,3 +485,19 @@ def test_the_bar_is_closed_when_a_run_is_stopped(bars: Bars, caplog: pytest.LogC
     (bar,) = bars.made
     assert bar.disable  # as tqdm marks what is closed
     assert "2 steps" in caplog.text
+
+
+def test_the_bar_of_a_run_that_fails_or_is_stopped_is_closed_and_the_error_comes_through() -> None:
+    progress = Progress()
+    engine = training(progress)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.run(range(5))
+    assert progress.bar is not None
+    assert progress.bar.disable
+    stopped = Progress()
+    engine = training(stopped)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: engine.terminate(skip_completed=True))
+    engine.run(range(5))
+    assert stopped.bar is not None
+    assert stopped.bar.disable

@@ -53,11 +53,13 @@ def test_attempts_add_up(tmp_path: Path) -> None:
 
 def test_what_goes_with_the_weights_holds_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datalist = str(tmp_path / "jane" / "split.json")
-    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "monai.bundle", "--datalist", datalist])
+    words = ["--datalist", datalist, "--output_dir", "doe_jane_19600131", "--pretrained=jane", "--rate", "0.1"]
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "monai.bundle", *words])
     record = RunRecord(None)
-    record.start({"datalist": datalist, "rate": 0.1}, step=0)
-    assert "jane" not in json.dumps(record.for_weights())
-    text = Manifest("SimCLR", settings=record.configuration, run=record.for_weights()).to_json()
+    record.start({"datalist": datalist, "output_dir": "doe_jane", "predictions": "jane", "rate": 0.1}, step=0)
+    assert "jane" not in json.dumps([record.for_weights(), record.settings()])
+    assert record.for_weights()["command"][-2:] == ["--rate", "0.1"]
+    text = Manifest("SimCLR", settings=record.settings(), run=record.for_weights()).to_json()
     assert "jane" not in text
     assert "monai.bundle" in text
     assert '"rate": 0.1' in text

@@ -4,15 +4,18 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
 
 import medclr
-from medclr.engine import STOPPED_EXIT_CODE
+from medclr.engine import STOPPED_EXIT_CODE, NonFiniteGuard
 from medclr.engine.record import commit_of
 from medclr.errors import ConfigError, MedclrError
 from tests.engine.runs import BATCH, EPOCHS, PATIENTS, STEPS, Killed, Run, same
@@ -74,6 +77,13 @@ def test_half_an_optimizer_step_is_not_saved(tmp_path: Path) -> None:
     assert same(resumed.final(), Run(tmp_path / "whole", accumulation=2).go().final())
 
 
+def again(folder: Path, **settings: Any) -> Run:
+    """The run once more, from other weights and numbers: all that it needs is in the checkpoint."""
+    run = Run(folder, seed=99, **settings)
+    run.record.seed = 3
+    return run
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 @pytest.mark.parametrize("step", [3, A_EPOCH, STEPS])
 def test_a_signal_lets_the_step_finish_then_saves_and_ends_with_a_code_of_its_own(
@@ -90,11 +100,14 @@ def test_a_signal_lets_the_step_finish_then_saves_and_ends_with_a_code_of_its_ow
     assert run.trainer.state.iteration == step
     assert json.loads((tmp_path / "run.json").read_text())["attempts"][0]["outcome"] == f"stopped by {name}"
     assert signal.getsignal(getattr(signal, name)) == before
-    assert same(Run(tmp_path).go().final(), uninterrupted[False])
+    resumed = again(tmp_path).go()
+    assert [number for number, _ in resumed.losses] == list(range(step + 1, STEPS + 1))
+    assert same(resumed.final(), uninterrupted[False])
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
+    run.resumable.signals.grace = -1.0
 
     def twice(engine: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -116,7 +129,9 @@ def test_a_signal_breaks_off_an_evaluation_which_is_repeated(
         run.go()
     assert run.evaluator.state.best_metric_epoch == -1
     assert run.evaluator.state.iteration == 1
-    assert same(Run(tmp_path).go().final(), uninterrupted[False])
+    resumed = again(tmp_path).go()
+    assert resumed.losses[0][0] == A_EPOCH + 1
+    assert same(resumed.final(), uninterrupted[False])
 
 
 def test_an_error_between_two_steps_loses_no_step(uninterrupted: dict[bool, dict[str, Any]], tmp_path: Path) -> None:
@@ -172,7 +187,6 @@ def test_a_run_stopped_by_the_user_early_is_complete(tmp_path: Path) -> None:
     ("settings", "line"),
     [
         ({"rate": 0.02}, "rate: 0.01 -> 0.02"),
-        ({"epochs": 2}, "max_epochs: 3 -> 2 (may only rise)"),
         ({"configuration": {"views": ["a", {"sigma": 2}]}}, "views::0: (not there) -> a"),
         ({"digest": "other rows"}, "the datalist: other rows"),
     ],
@@ -188,6 +202,8 @@ def test_another_configuration_is_refused_with_the_difference_unless_forced(
     with caplog.at_level(logging.WARNING):
         forced = Run(tmp_path, **settings, resume="force").go()
     assert forced.losses[0][0] == 3
+    assert forced.scheduler.base_lrs == [settings.get("rate", 0.01)]
+    assert forced.optimizer.param_groups[0]["initial_lr"] == settings.get("rate", 0.01)
     assert any(line in message for message in caplog.messages)
 
 
@@ -197,13 +213,137 @@ def test_another_configuration_is_refused_with_the_difference_unless_forced(
         {"num_workers": 4},
         {"device": "cuda:1"},
         {"output_dir": "elsewhere"},
-        {"train": {"dataloader": {"num_workers": 3}, "handlers": [{"_target_": "Another"}]}},
+        {"train": {"dataloader": {"num_workers": 3}, "handlers": [{"_target_": "monai.handlers.StatsHandler"}]}},
         {"log_interval": 5, "checkpoint_minutes": 1, "resume": "auto"},
     ],
 )
 def test_what_does_not_change_the_weights_may_change(tmp_path: Path, configuration: dict[str, Any]) -> None:
     Run(tmp_path).killed(Events.ITERATION_STARTED, 4)
     assert Run(tmp_path, configuration=configuration).go().losses[0][0] == 3
+
+
+def test_a_handler_that_may_change_the_training_is_part_of_the_configuration(tmp_path: Path) -> None:
+    def with_handlers(*names: str) -> dict[str, Any]:
+        return {"train": {"handlers": [{"_target_": f"medclr.engine.{name}"} for name in names]}}
+
+    Run(tmp_path, configuration=with_handlers("StepSchedule", "Progress")).killed(Events.ITERATION_STARTED, 4)
+    with pytest.raises(ConfigError, match="handlers::0::_target_"):
+        Run(tmp_path, configuration=with_handlers("Progress")).go()
+    Run(tmp_path, configuration=with_handlers("Advice", "StepSchedule")).go()
+
+
+def test_fewer_epochs_are_refused_and_fewer_than_are_done_even_by_force(tmp_path: Path) -> None:
+    Run(tmp_path).killed(Events.ITERATION_STARTED, 10)
+    with pytest.raises(ConfigError, match="max_epochs: 3 -> 2"):
+        Run(tmp_path, epochs=2).go()
+    with pytest.raises(ConfigError, match="further than it is asked"):
+        Run(tmp_path, epochs=1, resume="force").go()
+    assert Run(tmp_path, epochs=2, resume="force").go().losses[-1][0] == 2 * A_EPOCH
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
+        lambda optimizer, total: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total + 1),
+        lambda optimizer, total: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - 3),
+            ],
+            [3],
+        ),
+    ],
+)
+def test_any_schedule_follows_the_new_length_of_a_run(tmp_path: Path, schedule: Any) -> None:
+    Run(tmp_path, schedule=schedule).go()
+    longer = Run(tmp_path, schedule=schedule, epochs=EPOCHS + 2)
+    rates: list[float] = []
+    longer.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: rates.extend(longer.scheduler.get_last_lr()))
+    longer.go()
+    whole = Run(tmp_path / "whole", schedule=schedule, epochs=EPOCHS + 2)
+    expected: list[float] = []
+    whole.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: expected.extend(whole.scheduler.get_last_lr()))
+    whole.go()
+    assert rates == pytest.approx(expected[STEPS:])
+
+
+def test_what_a_new_guard_remembers_need_not_be_in_the_checkpoint(tmp_path: Path) -> None:
+    Run(tmp_path).killed(Events.ITERATION_STARTED, 4)
+    resumed = Run(tmp_path)
+    NonFiniteGuard().attach(resumed.trainer)
+    assert resumed.go().trainer.state.skipped_steps == []
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom medclr.disk import claimed\n"
+        "with claimed(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "checkpoints" / ".lock")], stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match="Another process runs") as refused:
+            Run(tmp_path).go()
+        assert str(other.pid) in str(refused.value)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert Run(tmp_path).go().trainer.state.iteration == STEPS
+
+
+def test_a_signal_while_the_last_files_are_written_leaves_what_comes_next_for_later(
+    uninterrupted: dict[bool, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.trainer.add_event_handler(Events.COMPLETED, lambda engine: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        run.go()
+    assert ended.value.code == STOPPED_EXIT_CODE
+    assert same(run.final(), uninterrupted[False])
+    run.evaluator.run()
+    assert run.evaluator.state.iteration == 3, "a later evaluation is not broken off"
+    assert Run(tmp_path).go().losses == []
+
+
+def test_what_no_checkpoint_can_hold_is_noticed_at_the_first_one(tmp_path: Path) -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": np.float64(1)}
+
+    run = Run(tmp_path)
+    run.resumable.state.items["odd"] = Odd()
+    with pytest.raises(MedclrError, match="is damaged"):
+        run.go()
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = Run(tmp_path).killed(Events.ITERATION_STARTED, 6)
+    before = killed.resumable.folder.names()
+
+    def stale(*values: Any, **settings: Any) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("torch.load", stale)
+    with pytest.raises(OSError, match="Stale"):
+        Run(tmp_path).go()
+    monkeypatch.undo()
+    assert killed.resumable.folder.names() == before
+
+
+def test_how_an_earlier_attempt_ended_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.trainer.add_event_handler(Events.ITERATION_STARTED(once=6), lambda engine: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.go()
+    Run(tmp_path).go()
+    attempts = json.loads((tmp_path / "run.json").read_text())["attempts"]
+    assert [(a["to_step"], a["outcome"]) for a in attempts] == [(5, "failed: ZeroDivisionError"), (15, "completed")]
 
 
 def test_a_run_can_start_anew_and_then_goes_on_with_itself(tmp_path: Path) -> None:
@@ -290,7 +430,7 @@ def test_a_checkpoint_is_written_after_minutes_too(tmp_path: Path) -> None:
 
 def test_files_are_bounded(tmp_path: Path) -> None:
     Run(tmp_path, every_steps=1, keep=3).go()
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 6
+    assert len(list((tmp_path / "checkpoints").glob("*_step_*"))) == 6
 
 
 def test_being_killed_is_no_error_that_is_saved(tmp_path: Path) -> None:

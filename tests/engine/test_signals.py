@@ -22,11 +22,18 @@ def test_a_signal_is_remembered_and_the_handlers_come_back(number: int, capfd: p
 
 
 def test_a_second_signal_does_what_it_always_does() -> None:
-    with StopSignals() as signals:
+    with StopSignals(grace=-1.0) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_two_signals_at_once_count_as_one() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGTERM
 
 
 def test_a_forked_process_leaves_it_to_its_parent(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def kills(rows: list[dict[str, Any]], folder: Path, count: int) -> None:
             flush=True,
         )
         assert killed == count, f"it was to be killed {count} times"
+        assert len(attempts) > count // 2, "most attempts were to go on with a checkpoint"
 
 
 def memory_mb(process: int) -> float:
@@ -66,7 +67,8 @@ def long_run(datalist: Path, folder: Path, minutes: float) -> None:
         "checkpoint_steps": 20,
         "val_interval": 5,
         "save_interval": 5,
-        "warmup": 0.0,
+        "learning_rate": 1e-6,  # else it would know its few patients by heart before the time is up, and collapse
+        "on_collapse": "warn",
     }
     files = {"config_file": "train.yaml", "meta_file": "metadata.json", "logging_file": "logging.conf"}
     options = {**{name: bundle / "configs" / file for name, file in files.items()}, "bundle_root": bundle, **settings}

@@ -45,7 +45,7 @@ def start(datalist: Path, output: Path, log: Path, **settings: Any) -> subproces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 2), ("SIGTERM", 0)])
+@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 2), ("SIGTERM", 2), ("SIGTERM", 0)])
 def test_a_signal_to_all_processes_of_a_run_saves_it_and_the_same_command_goes_on(
     cohort: list[dict[str, Any]], tmp_path: Path, name: str, workers: int
 ) -> None:
@@ -69,3 +69,25 @@ def test_a_signal_to_all_processes_of_a_run_saves_it_and_the_same_command_goes_o
     attempts = json.loads((output / "run.json").read_text())["attempts"]
     assert [attempt["outcome"] for attempt in attempts] == [f"stopped by {name}", "completed"]
     assert attempts[0]["to_step"] == attempts[1]["from_step"] < attempts[1]["to_step"] == 60
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_what_to_do_and_loses_no_step(
+    cohort: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    datalist, output, log = write_datalist(cohort, tmp_path / "data", training=6), tmp_path / "run", tmp_path / "log"
+    settings = {"num_workers": 1, "max_epochs": 200, "val_interval": 0, "save_interval": 0}
+    process = start(datalist, output, log, **settings)
+    end = time.monotonic() + 60
+    while "epoch=2" not in log.read_text() and time.monotonic() < end:
+        time.sleep(0.02)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert "A data loader worker was killed by the system" in log.read_text().splitlines()[-4]
+    assert log.read_text().splitlines()[-1].startswith("  fix: ")
+    attempt = json.loads((output / "run.json").read_text())["attempts"][0]
+    assert attempt["outcome"] == "failed: MedclrError"
+    assert attempt["to_step"] > 6
+    (checkpoint,) = output.glob("checkpoints/*.json")
+    assert json.loads(checkpoint.read_text())["step"] == attempt["to_step"]

@@ -33,7 +33,9 @@ _ROOMS = {
     "save_encoder": "weights",
 }
 _ROOM_NAMES = {
+    "affinity",
     "data",
+    "distributed",
     "engine",
     "errors",
     "evaluate",

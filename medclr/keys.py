@@ -28,7 +28,10 @@ SECTIONS: Final = (TRAINING, VALIDATION, TEST)
 CROP_1: Final = "crop_1"
 CROP_2: Final = "crop_2"
 META: Final = "meta"
-"""Key of a batch's metadata: a dictionary of int64 tensors, so that it moves, gathers and queues like the rest."""
+"""Key of a batch's metadata: a dictionary of tensors, so that it moves, gathers and queues like the rest.
+
+Numbers and codes are int64, in which a negative one is a missing value; quantities are floats, in which NaN is.
+"""
 
 SAMPLE: Final = "sample"
 """(B,) one number a drawn pair; the two views of one pair share it."""
@@ -36,6 +39,10 @@ PATIENT: Final = "patient"
 """(B,) the patient's place in the datalist, never the text of an id."""
 SCAN: Final = "scan"
 """(B, 2) the row of each view's scan in the datalist."""
+STUDY: Final = "study"
+"""(B, 2) the number of each view's study; studies of two patients differ whatever their ids."""
+SERIES: Final = "series"
+"""(B, 2) the number of each view's series."""
 
 LOSS: Final = "loss"
 PLATEAU: Final = "plateau"

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medclr import keys
+from medclr.affinity.columns import require_columns
+from medclr.affinity.meta import known
 from medclr.data.preprocess import Volume
 from medclr.data.scans import ScanReader
 from medclr.draws import draw_key, generator
 from medclr.errors import ConfigError, DatalistError, ScanError
 from medclr.geometry import Crop
+from medclr.pairs.metadata import metadata_of
 from medclr.pairs.rules import PairRule, SamePatient
 
 logger = logging.getLogger(__name__)
@@ -50,13 +53,21 @@ class PatientPairDataset(Dataset[Item]):
         reader: reads, caches and quarantines scans.
         seed: the run's seed.
         preload: read scans now until the reader's cache is full, so that what is bad is known before training.
+        columns: columns of the datalist that items carry as metadata, usually ``affinity.columns``.
 
     Raises:
-        DatalistError: for fewer than two patients: there would be nothing to contrast with.
-        ConfigError: for a crop rule that needs one scan under a pair rule that draws two.
+        DatalistError: for fewer than two patients: there would be nothing to contrast with; and for a column that the
+            rule or ``columns`` needs and no row has.
+        ConfigError: for a crop rule that needs one scan under a pair rule that draws two, or unusable ``columns``.
 
     Items are dictionaries with ``crop_1`` and ``crop_2`` (:class:`~medclr.geometry.Crop`) and ``meta``: ``sample`` (),
-    ``patient`` () and ``scan`` (2,), all int64.
+    ``patient`` () and ``scan`` (2,), all int64, and for each of ``columns`` what each view's scan has, (2,): int64
+    codes, -1 where missing, or float64, NaN where missing (see :func:`~medclr.pairs.metadata.metadata_of`).
+
+    Example:
+        >>> dataset = PatientPairDataset(
+        ...     rows, WithinDays(90), crop=RandomCrop((64, 64, 64)), reader=reader, columns=["age"]
+        ... )  # doctest: +SKIP
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class PatientPairDataset(Dataset[Item]):
         reader: ScanReader,
         seed: int = 0,
         preload: bool = True,
+        columns: str | Sequence[str] = (),
     ) -> None:
         self.rows = list(datalist)
         self.rule: PairRule = rule if rule is not None else SamePatient()
@@ -90,6 +102,8 @@ class PatientPairDataset(Dataset[Item]):
                 wanted="at least two",
                 fix="Add patients to this section of the datalist, or check that patient_id tells them apart.",
             )
+        require_columns(self.rows, getattr(self.rule, "columns", ()), f"The pair rule {type(self.rule).__name__}")
+        self.metadata = metadata_of(self.rows, columns)
         self.epoch = 0
         if preload:
             reader.preload(self.rows)
@@ -127,6 +141,10 @@ class PatientPairDataset(Dataset[Item]):
         ]
         if bad:
             lines.append(f"{len(bad)} scans quarantined, {len(self.patients) - alive} patients left without scans")
+        if self.metadata:
+            known_rows = {name: int(known(value).sum()) for name, value in self.metadata.items()}
+            listed = ", ".join(f"{name} of {count} scans" for name, count in known_rows.items())
+            lines.append(f"metadata: {listed}")
         return "\n".join(lines)
 
     def __getitem__(self, index: int | tuple[int, int, int]) -> Item:
@@ -147,11 +165,9 @@ class PatientPairDataset(Dataset[Item]):
                     scans.remove(failure.scan)
                     continue
                 meta = {keys.SAMPLE: sample, keys.PATIENT: patient, keys.SCAN: chosen}
-                return {
-                    keys.CROP_1: crop_1,
-                    keys.CROP_2: crop_2,
-                    keys.META: {name: torch.tensor(value, dtype=torch.int64) for name, value in meta.items()},
-                }
+                entries = {name: torch.tensor(value, dtype=torch.int64) for name, value in meta.items()}
+                entries |= {name: value[list(chosen)] for name, value in self.metadata.items()}
+                return {keys.CROP_1: crop_1, keys.CROP_2: crop_2, keys.META: entries}
         raise DatalistError(
             "No scan of the datalist can be used.",
             got=f"{len(self.rows)} scans, all quarantined",

@@ -8,7 +8,7 @@ from medclr.engine.failures import explain, explained
 from medclr.engine.guards import NonFiniteGuard
 from medclr.engine.handlers import ContrastLog, Progress, StepSchedule, ValidationLog
 from medclr.engine.metrics import EmbeddingMetric, embedding_report
-from medclr.engine.optim import decay_groups
+from medclr.engine.optim import LARS, decay_groups
 from medclr.engine.precision import autocast, default_precision
 from medclr.engine.prepare import PrepareViews
 from medclr.engine.record import RunRecord
@@ -19,6 +19,7 @@ from medclr.engine.signals import STOPPED_EXIT_CODE
 from medclr.engine.trainer import ContrastiveTrainer
 
 __all__ = [
+    "LARS",
     "STOPPED_EXIT_CODE",
     "Advice",
     "CheckpointFolder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from medclr import keys
+from medclr.engine.caching import GradientCache
 from medclr.engine.precision import Precision, autocast
 from medclr.engine.prepare import PrepareViews
 from medclr.errors import ConfigError
+from medclr.geometry import View
 
 VIEWS = "views"
 """Key of the engine's output: all views of the batch."""
@@ -64,7 +67,8 @@ class ContrastiveTrainer(SupervisedTrainer):
     ``engine.state.output`` holds ``image`` (the first view), ``views`` (all of them), ``label`` (the metadata),
     ``pred`` (the embeddings), ``loss`` (unscaled) and whatever else ``contrast`` returned. All four iteration events
     fire. After each optimizer step, and only then, the method's ``after_step`` is called with steps done / total. Where
-    no parameter has a gradient once ``BACKWARD_COMPLETED`` was fired, the step is left out, and nothing moves.
+    no parameter has a gradient once ``BACKWARD_COMPLETED`` was fired, the step is left out, and nothing moves. A
+    method's ``before_step``, if it has one, is called when a step begins, also after one that was left out.
 
     Args:
         device: where to train.
@@ -76,11 +80,14 @@ class ContrastiveTrainer(SupervisedTrainer):
         prepare_batch: batch to (view_1, meta, (view_2,), {}); a :class:`~medclr.engine.PrepareViews`.
         precision: ``fp32``, or autocast to ``bf16`` (no scaler) or ``fp16`` (with a scaler), on any device.
         clip_norm: largest norm of the whole gradient, or None.
+        chunk_size: samples that are encoded at a time, so that a batch of any size fits into memory: the gradient is
+            that of the whole batch (:class:`~medclr.engine.caching.GradientCache`). None encodes all at once.
         kwargs: passed on to ``SupervisedTrainer``: ``epoch_length``, ``train_handlers``, ``accumulation_steps``, ...
             Accumulation enlarges the step, not the set of negatives.
 
     Raises:
-        ConfigError: for an unknown precision, a ``clip_norm`` that is not > 0, or a network that is no method.
+        ConfigError: for an unknown precision, a ``clip_norm`` that is not > 0, a network that is no method, or a
+            ``chunk_size`` below 1 or with a norm that sees a whole batch.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class ContrastiveTrainer(SupervisedTrainer):
         *,
         precision: Precision = "fp32",
         clip_norm: float | None = None,
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         autocast(device, precision)  # fails here if unknown
@@ -126,6 +134,7 @@ class ContrastiveTrainer(SupervisedTrainer):
                 wanted="a module with forward, contrast and after_step",
                 fix="Take one of medclr.methods, or add the three to yours.",
             )
+        self.cache = None if chunk_size is None else GradientCache(network, chunk_size)
         if self.state.epoch_length == 0:
             raise ConfigError(
                 "An epoch holds no batch.",
@@ -142,15 +151,22 @@ class ContrastiveTrainer(SupervisedTrainer):
         view_1, meta, others, kwargs = engine.prepare_batch(
             batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )
-        output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: (view_1, *others)}
+        views = (view_1, *others)
+        output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: views}
         engine.state.output = output
         first, last = place_in_step(engine)
         engine.network.train()
         if first:
             engine.optimizer.zero_grad(set_to_none=True)
+            self._begin()
 
-        with autocast(engine.state.device, self.precision):
-            output[CommonKeys.PRED] = engine.inferer(view_1, engine.network, *others, **kwargs)
+        precise = partial(autocast, engine.state.device, self.precision)
+        cache = self.cache if self.cache is not None and self.cache.divides(views) else None
+        with precise():
+            if cache is None:
+                output[CommonKeys.PRED] = self._encode(*views, **kwargs)
+            else:
+                output[CommonKeys.PRED] = cache.embed(self._encode, views, kwargs)
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             results = engine.loss_function(output[CommonKeys.PRED], meta)
         loss = results[keys.LOSS]
@@ -159,11 +175,21 @@ class ContrastiveTrainer(SupervisedTrainer):
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
 
         self.grad_scaler.scale(loss / self.accumulation_steps).backward()
+        if cache is not None:  # so far the gradient has come to the embeddings only
+            cache.backward(precise)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if last:
             self._step()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
+
+    def _encode(self, view_1: View, *others: View, **kwargs: Any) -> Any:
+        return self.inferer(view_1, self.network, *others, **kwargs)
+
+    def _begin(self) -> None:
+        before_step = getattr(self.method, "before_step", None)
+        if callable(before_step):
+            before_step((self.state.iteration - 1) / self._batches())
 
     def _step(self) -> None:
         if not has_gradient(self.optimizer):  # a guard has taken it away: nothing moves
@@ -176,8 +202,11 @@ class ContrastiveTrainer(SupervisedTrainer):
         self.grad_scaler.update()
         # The scaler skips a step whose gradients overflowed, and then lowers its scale: a method must not move then.
         if self.grad_scaler.get_scale() >= before:
-            total = self.state.max_epochs * self.state.epoch_length
-            self.method.after_step(self.state.iteration / total)
+            self.method.after_step(self.state.iteration / self._batches())
+
+    def _batches(self) -> int:
+        """Of the whole run."""
+        return self.state.max_epochs * self.state.epoch_length
 
     def state_dict(self) -> dict[str, Any]:
         """Ignite's state, and the precision scaler's."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from medclr import keys
-from medclr.affinity import VIEW, Affinity
+from medclr.affinity import Affinity
 from medclr.distributed import gather
-from medclr.errors import ConfigError
 from medclr.geometry import View
 from medclr.losses.info_nce import check_temperature, info_nce
+from medclr.methods.branches import by_sample, embed, refuse_unfitting_heads
+from medclr.methods.metadata import needed_of_views
 from medclr.models import Encoder, Projector
 
 
@@ -43,40 +43,31 @@ class SimCLR(nn.Module):
         check_temperature(temperature)
         self.encoder = encoder
         self.projector = projector if projector is not None else Projector(encoder.out_features)
-        if self.projector.in_features != encoder.out_features:
-            raise ConfigError(
-                "The projector does not fit the encoder.",
-                got=f"a projector of {self.projector.in_features} features",
-                wanted=f"{encoder.out_features}, the encoder's",
-                fix="Leave the projector's in_features to the encoder.",
-            )
+        refuse_unfitting_heads(encoder, self.projector)
         self.temperature = temperature
         self.affinity = affinity if affinity is not None else Affinity()
 
     def forward(self, view_1: View, view_2: View) -> dict[str, Tensor]:
         """Embeddings of a batch, sample by sample: ``features`` (B, 2, F) and ``projections`` (B, 2, D)."""
-        features = self.encoder(torch.cat([view_1.image, view_2.image]))
-        both = {keys.FEATURES: features, keys.PROJECTIONS: self.projector(features)}
-        return {name: torch.stack(value.chunk(2), dim=1) for name, value in both.items()}
+        features, projections = embed(self.encoder, self.projector, view_1, view_2)
+        return {keys.FEATURES: by_sample(features), keys.PROJECTIONS: by_sample(projections)}
 
     def contrast(self, embeddings: Mapping[str, Tensor], meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss of this rank's samples against those of all ranks.
 
         Args:
             embeddings: what ``forward`` returned.
-            meta: ``sample`` and ``patient``, int64 (B,) each.
+            meta: what the affinity needs, (B,) each: ``sample`` and ``patient`` at least.
 
         Returns:
             ``loss`` (), the mean over this rank's 2B views, and ``plateau`` (), the loss of embeddings that tell
             nothing apart: the logarithm of the number of candidates.
+
+        Raises:
+            ConfigError: for missing metadata.
         """
         z = normalize(embeddings[keys.PROJECTIONS].float(), dim=-1)
-        batch, views = z.shape[:2]
-        own = {
-            keys.SAMPLE: meta[keys.SAMPLE].repeat_interleave(views),
-            keys.PATIENT: meta[keys.PATIENT].repeat_interleave(views),
-            VIEW: torch.arange(views, device=z.device).repeat(batch),
-        }
+        own = needed_of_views(self.affinity, meta, views=z.shape[1])
         queries = z.flatten(0, 1)
         candidates = gather(queries)
         pairs = self.affinity.pairs(own, {name: gather(value) for name, value in own.items()})

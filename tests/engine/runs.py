@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from medclr.draws import shuffled, stable_seed
 from medclr.engine import ContrastiveTrainer, ResumableRun, RunRecord, StepSchedule
-from medclr.methods import SimCLR
 from tests.engine.test_trainer import RandomPairs, method_of, prepare
 
 PATIENTS, BATCH, EPOCHS = 10, 2, 3
@@ -70,7 +69,7 @@ class Run:
         self,
         folder: Path,
         *,
-        contrastive: bool = False,
+        contrastive: bool | Callable[[], Any] = False,
         epochs: int = EPOCHS,
         rate: float = 0.01,
         accumulation: int = 1,
@@ -84,7 +83,7 @@ class Run:
         torch.manual_seed(seed)
         self.network: nn.Module
         if contrastive:
-            self.network = dropped(method_of())
+            self.network = dropped(contrastive() if callable(contrastive) else method_of())
         else:
             self.network = nn.Sequential(
                 nn.Flatten(), nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1)
@@ -205,7 +204,7 @@ class Pairs(RandomPairs):
         return PATIENTS
 
 
-def dropped(method: SimCLR) -> SimCLR:
+def dropped(method: Any) -> Any:
     """The method with dropout behind its projector's layers."""
     projector = method.projector
     projector.layers = nn.Sequential(*projector.layers, nn.Dropout(0.3))

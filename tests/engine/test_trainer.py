@@ -282,3 +282,23 @@ def test_without_an_epochs_length_steps_are_counted_through() -> None:
         trainer.state.iteration = iteration
         places.append((*place_in_step(trainer), optimizer_step(trainer, iteration)))
     assert places == [(True, False, 1), (False, True, 1), (True, False, 2), (False, True, 2), (True, False, 3)]
+
+
+class Told(Counting):
+    """Notes when it is told that a step begins, and when that one was done."""
+
+    def before_step(self, progress: float) -> None:
+        self.progress.append(-progress)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "expected"),
+    [(1, "-0 1 -1 -2 3 -3 4 -4 5 -5 6"), (2, "-0 -2 3 -3 5 -5 6")],
+)
+def test_a_method_is_told_when_a_step_begins_also_after_one_that_was_left_out(accumulation: int, expected: str) -> None:
+    method = method_of()
+    method.__class__ = Told
+    trainer = trainer_of(method, accumulation_steps=accumulation)
+    spoil(trainer, 2)
+    trainer.run()
+    assert method.progress == pytest.approx([int(part) / 6 for part in expected.split()])

@@ -4,38 +4,18 @@ import math
 
 import pytest
 import torch
-from monai.networks.nets import SegResNet
 
 from medclr import keys
 from medclr.affinity import Affinity
 from medclr.errors import ConfigError
-from medclr.geometry import View
 from medclr.losses import NTXentLoss
 from medclr.methods import SimCLR
-from medclr.models import Encoder, Projector, norm_argument
-
-
-def tiny_encoder() -> Encoder:
-    return Encoder(SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), norm=norm_argument("instance")))
-
-
-def view_of(image: torch.Tensor) -> View:
-    batch = len(image)
-    return View(
-        image=image,
-        affine=torch.eye(4).repeat(batch, 1, 1),
-        valid=torch.ones(batch, 1, *image.shape[2:], dtype=torch.bool),
-        channels=torch.ones(batch, 1, dtype=torch.bool),
-        key=torch.zeros(batch, 5, dtype=torch.int64),
-    )
+from medclr.models import Projector
+from tests.methods.builders import meta_of, tiny_encoder, view_of
 
 
 def embeddings_of(z_1: torch.Tensor, z_2: torch.Tensor) -> dict[str, torch.Tensor]:
     return {keys.PROJECTIONS: torch.stack([z_1, z_2], dim=1)}
-
-
-def meta_of(patients: list[int]) -> dict[str, torch.Tensor]:
-    return {keys.SAMPLE: torch.arange(len(patients)), keys.PATIENT: torch.tensor(patients)}
 
 
 def test_with_one_sample_a_patient_the_loss_is_nt_xent() -> None:

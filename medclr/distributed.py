@@ -72,3 +72,23 @@ def text_of_rank_0(text: str, device: torch.device | str = "cpu") -> str:
     dist.broadcast(row, src=0)
     length, *codes = row.tolist()
     return bytes(codes[:length]).decode()
+
+
+def join(device: torch.device | str) -> None:
+    """Join the process group of the ranks that ``torchrun`` has started, if this process is not in one.
+
+    Args:
+        device: of this rank: NCCL joins GPUs, gloo the rest.
+    """
+    if dist.is_initialized():
+        return
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from medclr import Encoder, Manifest, load_encoder, save_encoder
 from medclr.data import Preprocessing, read_datalist
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
+from tests.distributed.conftest import run_ranks as run_ranks
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation"
 CONFIGS = BUNDLE / "configs"
@@ -350,3 +352,23 @@ def test_an_unusable_setting_ends_in_an_error_of_medclrs(
     assert isinstance(cause, MedclrError), f"no MedclrError behind {caught.value!r}"
     assert problem in str(cause)
     assert cause.fix
+
+
+def in_this_rank(datalist: str, output: str) -> dict[str, torch.Tensor]:
+    """One short training in several ranks; the weights that this rank ends with."""
+    configs = ["train.yaml", "multi_gpu.yaml"]
+    done = workflow(configs, "train", datalist=datalist, output_dir=output, pretrained=None, freeze_steps=1)
+    done.initialize()
+    done.run()  # and no end of the process group, which is the test's
+    state = done.parser.get_parsed_content("network_def").state_dict()
+    return {name: value.clone() for name, value in state.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_one_network(
+    datalist: Path, tmp_path: Path, run_ranks: Callable[..., list[dict[str, torch.Tensor]]]
+) -> None:
+    first, second = run_ranks(in_this_rank, str(datalist), str(tmp_path / "output"))
+    saved = weights_of(tmp_path / "output" / "last.pt")
+    assert all(torch.equal(value, second[name]) and torch.equal(value, saved[name]) for name, value in first.items())
+    assert (tmp_path / "output" / "best.pt").exists()

@@ -3,8 +3,8 @@
 python tests/benchmarks/bench_losses.py [--lightly FOLDER] [--rounds 9] [--threads 2]
 
 FOLDER is what ``pip install --no-deps --target FOLDER lightly`` filled; MEDCLR_LIGHTLY may name it too. Contenders take
-turns within a round, so that a busy machine slows all of them; a busy machine favours plain torch all the same, whose few
-large steps wait less often for the second thread. Peak memory is that of a process of its own, above its inputs.
+turns within a round, so that a busy machine slows all of them; it favours plain torch all the same, whose few large
+steps wait less often for the second thread. Peak memory is that of a process of its own, above its inputs.
 """
 
 from __future__ import annotations

@@ -46,6 +46,6 @@ SERIES: Final = "series"
 
 LOSS: Final = "loss"
 PLATEAU: Final = "plateau"
-"""The loss of embeddings that tell nothing apart."""
+"""What a method scores that has learnt nothing: the loss of embeddings that tell nothing apart."""
 FEATURES: Final = "features"
 PROJECTIONS: Final = "projections"

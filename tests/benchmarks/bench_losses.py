@@ -63,9 +63,9 @@ def soft(pairs: int) -> Loss:
     return loss
 
 
-def queue() -> Tensor:
-    """Keys of earlier batches, (QUEUED, WIDTH)."""
-    return normalize(torch.randn(QUEUED, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1)
+def queue(length: int) -> Tensor:
+    """Keys of earlier batches, (length, WIDTH)."""
+    return normalize(torch.randn(length, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1)
 
 
 def queued(keys: Tensor) -> Loss:
@@ -103,13 +103,13 @@ def queued_bare(keys: Tensor) -> Loss:
     return loss
 
 
-def contenders(pairs: int, lightly: str | None) -> dict[str, Loss]:
-    """By name; ``pairs`` 0 is the case of the queue."""
+def contenders(pairs: int, lightly: str | None, length: int = QUEUED) -> dict[str, Loss]:
+    """By name; ``pairs`` 0 is the case of the queue, of ``length`` keys."""
     if not pairs:
-        keys = queue()
+        keys = queue(length)
         named = {"medclr": queued(keys), "bare": queued_bare(keys), "medclr, soft weights": queued_soft(keys)}
         if lightly:
-            named["lightly"] = load(lightly)[0](TEMPERATURE, memory_bank_size=(QUEUED, WIDTH))
+            named["lightly"] = load(lightly)[0](TEMPERATURE, memory_bank_size=(length, WIDTH))
         return named
     named = {"medclr": NTXentLoss(TEMPERATURE), "bare": bare, "medclr, soft weights": soft(pairs)}
     if pairs <= LARGEST_FOR_MONAI:
@@ -126,10 +126,12 @@ def views(pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def seconds(losses: dict[str, Loss], pairs: int, rounds: int) -> dict[str, list[float]]:
-    """Times of a forward and backward pass, a round each, without the first."""
+    """Times of a forward and backward pass, without the first; of small batches more, except by who is slow there."""
     taken: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in range(rounds + 1):
+    for number in range(rounds * max(1, BATCHES[-1] // (pairs or BATCHES[-1])) + 1):
         for name, loss in losses.items():
+            if number > rounds and sum(taken[name]) > 5:
+                continue
             z_1, z_2 = views(pairs)
             start = time.perf_counter()
             loss(z_1, z_2).backward()
@@ -144,8 +146,8 @@ def memory() -> float:
 
 def print_peak(name: str, pairs: int, lightly: str | None) -> None:
     """Print the memory in MB that a pass adds to a process in which a small pass has loaded the libraries."""
-    small = views(8)
-    bare(*small).backward()
+    small = pairs and 8
+    contenders(small, lightly, 8)[name](*views(small)).backward()
     loss, (z_1, z_2) = contenders(pairs, lightly)[name], views(pairs)
     Path("/proc/self/clear_refs").write_text("5")  # what the inputs took while they were made is not the loss's
     before = memory()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 
 
@@ -62,13 +63,16 @@ def _rebuild(kind: type[MedclrError], problem: str, got: str, wanted: str, fix: 
 
 def find_cause(error: BaseException | None) -> MedclrError | None:
     """The first :class:`MedclrError` in the chain of causes of ``error``, outermost first."""
+    return next((link for link in causes(error) if isinstance(link, MedclrError)), None)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, outermost first; each once, also where the chain is a ring."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, MedclrError):
-            return error
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return None
 
 
 def show_errors_last() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from medclr import errors
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, causes
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -39,7 +39,7 @@ def explain(error: BaseException) -> MedclrError | None:
         error: what was raised. Its causes count as well, the outermost first. A :class:`MedclrError` is given back as
             it is; so is one that a data loader's worker raised, which arrives as text.
     """
-    for link in _chain(error):
+    for link in causes(error):
         if isinstance(link, MedclrError):
             return link
         meaning = _from_worker(link) or _memory(link) or _worker(link) or _disk(link) or _rank(link)
@@ -70,14 +70,6 @@ def explained() -> Iterator[None]:
             raise
         # A copy, because the meaning may be a cause of the error, which must not become its own.
         raise copy(meaning) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        yield error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
 
 
 def _from_worker(error: BaseException) -> MedclrError | None:
@@ -119,7 +111,7 @@ def _worker(error: BaseException) -> MedclrError | None:
     if not _LOST_WORKER.search(str(error)) and not _lost_while_sending(error):
         return None
     # Which signal it was may be known to a cause alone; where none is, the worker has most likely been killed.
-    known = [found[1] for link in _chain(error) if (found := _SIGNAL.search(str(link)))] or ["Killed"]
+    known = [found[1] for link in causes(error) if (found := _SIGNAL.search(str(link)))] or ["Killed"]
     if known[0] == "Bus":
         return MedclrError(
             "A data loader worker has found no room in shared memory.",

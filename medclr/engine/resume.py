@@ -80,7 +80,7 @@ class ResumableRun:
             raise ConfigError(
                 "The way to resume is unknown.", got=resume, wanted="auto, force or never", fix="Set resume: auto."
             )
-        self.trainer, self.record, self.evaluators = trainer, record, list(evaluators)
+        self.trainer, self.record = trainer, record
         self.state = RunState(trainer, items, evaluators)
         self.folder = CheckpointFolder(folder, keep=keep)
         self.how, self.timetable = resume, Timetable(every_steps, every_minutes)
@@ -131,7 +131,7 @@ class ResumableRun:
                 self._go_on_with(self.resumed)
         loader = self.trainer.data_loader
         if isinstance(loader, torch.utils.data.DataLoader) and loader.generator is None:
-            loader.generator = torch.Generator()  # for the seed of its workers, see _seed_workers
+            loader.generator = torch.Generator()  # for the seed of its workers, see _epoch_started
         self._attach()
         return self.resumed is not None
 
@@ -187,7 +187,7 @@ class ResumableRun:
             (Events.COMPLETED, self._completed),
         ):
             self.trainer.add_event_handler(event, handler)
-        for evaluator in self.evaluators:
+        for evaluator in self.state.evaluators:
             evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._break_off)
 
     def _started(self, engine: Engine) -> None:

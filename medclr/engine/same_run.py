@@ -51,9 +51,7 @@ def refuse_another_run(
     Raises:
         ConfigError: with all that differs.
     """
-    lines = differences(checkpoint["configuration"], run["configuration"], may_change=may_change, may_rise=MAY_RISE)
-    if checkpoint["datalist_digest"] != run["datalist_digest"]:
-        lines.append("the datalist: other rows")
+    lines = _lines(checkpoint, run, may_change)
     if lines and not force:
         raise _another_configuration(lines)
     if lines:
@@ -112,11 +110,19 @@ def check_output(
     }
     unknown = configuration.keys() - known.keys()
     before = {name: value for name, value in about["configuration"].items() if name not in unknown}
-    lines = differences(before, known, may_change=(*MAY_CHANGE, *may_change), may_rise=MAY_RISE)
-    if about["datalist_digest"] != datalist_digest:
-        lines.append("the datalist: other rows")
+    lines = _lines(
+        {**about, "configuration": before},
+        {"configuration": known, "datalist_digest": datalist_digest},
+        (*MAY_CHANGE, *may_change),
+    )
     if lines:
         raise _another_configuration(lines)
+
+
+def _lines(checkpoint: Mapping[str, Any], run: Mapping[str, Any], may_change: Sequence[str]) -> list[str]:
+    lines = differences(checkpoint["configuration"], run["configuration"], may_change=may_change, may_rise=MAY_RISE)
+    other = checkpoint["datalist_digest"] != run["datalist_digest"]
+    return [*lines, "the datalist: other rows"] if other else lines
 
 
 def _another_configuration(lines: Sequence[str]) -> ConfigError:

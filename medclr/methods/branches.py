@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medclr import keys
 from medclr.errors import ConfigError
 from medclr.geometry import View
 from medclr.models import Encoder, Projector
@@ -14,6 +15,32 @@ def embed(encoder: nn.Module, projector: nn.Module, *views: View) -> tuple[Tenso
     """Features (V * B, F) and projections (V * B, D) of V views, one view after the other."""
     features = encoder(torch.cat([view.image for view in views]))
     return features, projector(features)
+
+
+def online_and_target(
+    online: tuple[nn.Module, nn.Module, nn.Module], target: tuple[nn.Module, nn.Module], view_1: View, view_2: View
+) -> dict[str, Tensor]:
+    """Embeddings of a batch, sample by sample: of the network that is trained, and of its momentum copy.
+
+    Args:
+        online: encoder, projector and predictor.
+        target: the copies of the first two.
+        view_1: of each sample.
+        view_2: the other view.
+
+    Returns:
+        ``features`` (B, 2, F), ``projections`` and ``predictions`` (B, 2, D), and ``targets`` (B, 2, D), which have no
+        gradient.
+    """
+    encoder, projector, predictor = online
+    features, projections = embed(encoder, projector, view_1, view_2)
+    _, targets = embed(*target, view_1, view_2)
+    return {
+        keys.FEATURES: by_sample(features),
+        keys.PROJECTIONS: by_sample(projections),
+        "predictions": by_sample(predictor(projections)),
+        "targets": by_sample(targets),
+    }
 
 
 def by_sample(embeddings: Tensor, views: int = 2) -> Tensor:

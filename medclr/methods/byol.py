@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medclr import keys
 from medclr.geometry import View
 from medclr.losses.regression import regression_loss
-from medclr.methods.branches import by_sample, embed, other_view, refuse_unfitting_heads
+from medclr.methods.branches import online_and_target, other_view, refuse_unfitting_heads
 from medclr.models import Encoder, MomentumCopy, Projector
 
 UNRELATED: Final = 2.0
@@ -60,14 +60,8 @@ class BYOL(nn.Module):
             ``features`` (B, 2, F), ``projections`` and ``predictions`` (B, 2, D) of the online network, and
             ``targets`` (B, 2, D) of the momentum copy, without a gradient.
         """
-        features, projections = embed(self.encoder, self.projector, view_1, view_2)
-        _, targets = embed(self.target_encoder, self.target_projector, view_1, view_2)
-        return {
-            keys.FEATURES: by_sample(features),
-            keys.PROJECTIONS: by_sample(projections),
-            "predictions": by_sample(self.predictor(projections)),
-            "targets": by_sample(targets),
-        }
+        online = (self.encoder, self.projector, self.predictor)
+        return online_and_target(online, (self.target_encoder, self.target_projector), view_1, view_2)
 
     def contrast(self, embeddings: Mapping[str, Tensor], meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss of this rank's samples. Each is by itself: nothing is gathered, and ``meta`` is not read.

@@ -15,7 +15,7 @@ from medclr.distributed import gather
 from medclr.errors import ConfigError
 from medclr.geometry import View
 from medclr.losses.info_nce import check_temperature, info_nce
-from medclr.methods.branches import by_sample, embed, refuse_unfitting_heads
+from medclr.methods.branches import embed, online_and_target, refuse_unfitting_heads
 from medclr.methods.metadata import needed_of_views
 from medclr.models import Encoder, MomentumCopy, NegativeQueue, Projector
 
@@ -101,14 +101,8 @@ class MoCo(nn.Module):
             key = embed(self.key_encoder, self.key_projector, view_2)
             both = zip((keys.FEATURES, keys.PROJECTIONS), query, key, strict=True)
             return {name: torch.stack(pair, dim=1) for name, *pair in both}
-        features, projections = embed(self.encoder, self.projector, view_1, view_2)
-        _, targets = embed(self.key_encoder, self.key_projector, view_1, view_2)
-        return {
-            keys.FEATURES: by_sample(features),
-            keys.PROJECTIONS: by_sample(projections),
-            "predictions": by_sample(self.predictor(projections)),
-            "targets": by_sample(targets),
-        }
+        online = (self.encoder, self.projector, self.predictor)
+        return online_and_target(online, (self.key_encoder, self.key_projector), view_1, view_2)
 
     def contrast(self, embeddings: Mapping[str, Tensor], meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss of this rank's queries.

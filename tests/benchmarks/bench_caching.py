@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_step import seconds
 from monai.networks.nets import SegResNet
 
 from medclr import keys
@@ -103,18 +102,6 @@ class Peak:
 def resident() -> int:
     """Bytes that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-
-
-def seconds(work: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Median time of a run, without the first."""
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
 
 
 def largest_plain(method: SimCLR, size: int, first: int, precision: str, device: torch.device) -> int:

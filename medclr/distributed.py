@@ -41,6 +41,13 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def collective_device() -> torch.device:
+    """Where collectives work: this rank's GPU for NCCL, the CPU elsewhere."""
+    if is_distributed() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed():

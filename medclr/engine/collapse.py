@@ -89,7 +89,8 @@ class CollapseGuard:
             "The embeddings have collapsed.",
             got=f"over {len(window) * self.interval} steps {health}; loss {loss:.3f}, plateau {plateau:.3f}",
             wanted=f"at least {self.min_std:g} and {self.min_rank:g}",
-            fix="Lower learning_rate, raise warmup, keep norm: batch in the projector, or raise batch_size.",
+            fix="Lower learning_rate, raise warmup or batch_size; where neither a queue nor chunk_size is set, keep "
+            "head_norm: batch.",
         )
         if self.action == "stop":
             raise error

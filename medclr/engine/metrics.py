@@ -73,17 +73,20 @@ def dimension_std(z: Tensor) -> float:
     return float(normalize(z.float(), dim=1).std(dim=0, unbiased=False).mean() * z.shape[1] ** 0.5)
 
 
-def pair_recall(embeddings: NDArray[np.floating[Any]], patients: NDArray[Any]) -> NDArray[np.float64]:
-    """For each scan of a patient with another scan: is its nearest neighbour by cosine another scan of that patient?
+def pair_recall(
+    embeddings: NDArray[np.floating[Any]], patients: NDArray[Any], metric: str = "cosine"
+) -> NDArray[np.float64]:
+    """For each scan of a patient with another scan: is its nearest neighbour another scan of that patient?
 
     Args:
         embeddings: (N, F).
         patients: (N,) one value a scan.
+        metric: what near means, a name of scikit-learn's ``pairwise_distances``.
 
     Returns:
         (P,) one number a patient with two or more scans: the share of its scans that find it.
     """
-    distances = pairwise_distances(np.asarray(embeddings, dtype=np.float64), metric="cosine")
+    distances = pairwise_distances(np.asarray(embeddings, dtype=np.float64), metric=metric)
     np.fill_diagonal(distances, np.inf)
     found = patients[distances.argmin(axis=1)] == patients
     names, inverse, counts = np.unique(patients, return_inverse=True, return_counts=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from medclr import distributed
+from medclr.engine.agreement import refuse_other_configurations
 from medclr.engine.checkpoint import CheckpointFolder
 from medclr.errors import ConfigError
 
@@ -21,7 +22,7 @@ MAY_CHANGE: Final = (
     *(f"train::dataloader::{name}" for name in ("num_workers", "persistent_workers", "pin_memory")),
     *(f"train::dataloader::{name}" for name in ("prefetch_factor", "timeout", "multiprocessing_context")),
     *("manifest", "settings", "checkpoint", "section", "results", "predictions", "class_names", "overlap"),
-    *("last", "best"),
+    *("last", "best", "allow_seen_patients", "record_patients"),
 )
 """Keys of the bundles that decide where and how fast a run computes and what it reports, not what it computes. The
 datalist is compared by its content."""
@@ -94,8 +95,9 @@ def check_output(
         may_change: see :func:`differences`.
 
     Raises:
-        ConfigError: the folder cannot be written to, or holds another run.
+        ConfigError: the folder cannot be written to, or holds another run; or the ranks have not all the same.
     """
+    refuse_other_configurations(configuration, datalist_digest)
     if distributed.rank() != 0:
         return
     checkpoints = CheckpointFolder(folder)

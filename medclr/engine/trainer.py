@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from medclr import keys
+from medclr.engine.agreement import refuse_other_batches
 from medclr.engine.caching import GradientCache
 from medclr.engine.precision import Precision, autocast
 from medclr.engine.prepare import PrepareViews
@@ -144,7 +145,7 @@ class ContrastiveTrainer(SupervisedTrainer):
                 wanted="at least one",
                 fix="Lower batch_size, or raise passes, so that patients x passes >= batch_size x ranks.",
             )
-        self.precision, self.clip_norm = precision, clip_norm
+        self.precision, self.clip_norm, self._compared = precision, clip_norm, False
         self.grad_scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
 
     def _iteration(self, engine: ContrastiveTrainer, batchdata: Any) -> dict[str, Any]:
@@ -152,6 +153,9 @@ class ContrastiveTrainer(SupervisedTrainer):
             batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )
         views = (view_1, *others)
+        if not self._compared:  # once: a collective a step would cost time
+            refuse_other_batches(len(view_1.image))
+            self._compared = True
         output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: views}
         engine.state.output = output
         first, last = place_in_step(engine)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from medclr import keys
 from medclr.affinity import Affinity, of_views
 from medclr.affinity.meta import check_entries
+from medclr.errors import ConfigError
 
 
 def needed_of_views(affinity: Affinity, meta: Mapping[str, Tensor], views: int) -> dict[str, Tensor]:
@@ -28,3 +30,23 @@ def needed_of_views(affinity: Affinity, meta: Mapping[str, Tensor], views: int) 
     spread = of_views(there, views) if there else {}
     check_entries(spread, affinity.needs)
     return spread
+
+
+def refuse_one_patient(affinity: Affinity, meta: Mapping[str, Tensor]) -> None:
+    """Raise where all embeddings of a batch, of all ranks, are one patient's: there is nothing to tell apart.
+
+    Args:
+        affinity: one that takes a patient's own samples for negatives may have a batch of one.
+        meta: of all candidates.
+
+    Raises:
+        ConfigError: for fewer than two patients.
+    """
+    patients = meta[keys.PATIENT]
+    if affinity.same_patient != "negative" and len(patients) and not bool((patients != patients[0]).any()):
+        raise ConfigError(
+            "A batch holds one patient, who has no negatives.",
+            got=f"{len(patients)} embeddings of one patient",
+            wanted="two patients or more in the batch of all ranks",
+            fix="Raise batch_size; where memory ends, set chunk_size too (cached.yaml), or take moco.yaml.",
+        )

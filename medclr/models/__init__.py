@@ -4,7 +4,7 @@ from medclr.models.architectures import ARCHITECTURES, encoder_prefixes
 from medclr.models.encoder import Encoder, build_encoder, find_encoder
 from medclr.models.heads import Projector
 from medclr.models.momentum import MomentumCopy
-from medclr.models.norms import norm_argument, with_norm
+from medclr.models.norms import norm_argument, synchronised, with_norm
 from medclr.models.queue import NegativeQueue
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "encoder_prefixes",
     "find_encoder",
     "norm_argument",
+    "synchronised",
     "with_norm",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias, TypeVar
 
+import torch
 from monai.networks.layers.utils import get_norm_layer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -158,3 +159,24 @@ def _pair(norm: object) -> tuple[object, Mapping[str, Any] | None]:
 
 def _changed(layer: nn.Module, kind: str) -> dict[str, Any]:
     return {key: getattr(layer, key) for key, value in _DEFAULTS[kind].items() if getattr(layer, key) != value}
+
+
+def synchronised(network: Network, device: Any) -> Network:
+    """The network, in which batch norms take their statistics from the batch of all ranks; parameters stay the same.
+
+    Args:
+        network: perhaps with batch norms, such as those of the heads.
+        device: where it runs.
+
+    Raises:
+        ConfigError: away from GPUs, for which torch has no such layer.
+    """
+    if torch.device(device).type != "cuda":
+        raise ConfigError(
+            "Batch norms cannot be synchronised here.",
+            got=f"sync_norms: true on {device}",
+            wanted="ranks on GPUs",
+            fix="Set sync_norms: false, or head_norm: layer, which needs no batch.",
+        )
+    converted: Network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return converted

@@ -27,7 +27,7 @@ OVERLAYS = {
     "patient.yaml": {"batch_size": 8, "passes": 8},  # more draws than patients: one comes twice
     "cached.yaml": {"batch_size": 4, "chunk_size": 2},
 }
-METHODS = {"moco.yaml": "MoCo", "mocov3.yaml": "MoCo", "byol.yaml": "BYOL"}
+METHODS = {"moco.yaml": "MoCo v2", "mocov3.yaml": "MoCo v3", "byol.yaml": "BYOL"}
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,30 @@ def test_y_aware_contrast(sigma: float) -> None:
     assert_same(own, paper, drawn(4, 5, seed=1), drawn(4, 5, seed=2))
 
 
+@pytest.mark.parametrize("sigma", [0.01, 2.0, 5.0, 100.0])
+def test_y_aware_contrast_over_both_views(sigma: float) -> None:
+    """As its authors train with it: all 2N embeddings are queries and candidates, none of itself; a sum over N."""
+    ages = np.array([20.0, 24.0, 60.0, 21.0] * 2)
+
+    def paper(z_1: Array, z_2: Array) -> float:
+        z = unit(np.concatenate([z_1, z_2]))
+        n, total = len(z), 0.0
+        for i in range(n):
+            others = [k for k in range(n) if k != i]
+            weights = {k: np.exp(-((ages[k] - ages[i]) ** 2) / (2 * sigma**2)) for k in others}
+            scores = {k: z[i] @ z[k] / 0.1 for k in others}
+            shares = {k: scores[k] - np.log(sum(np.exp(scores[j]) for j in others)) for k in others}
+            total -= sum(weights[k] / sum(weights.values()) * shares[k] for k in others)
+        return total / (n / 2)
+
+    def own(z_1: Tensor, z_2: Tensor) -> Tensor:
+        z, age = rows(torch.cat([z_1, z_2])), torch.from_numpy(ages)
+        weights = torch.exp(-((age[:, None] - age) ** 2) / (2 * sigma**2))
+        return 2 * info_nce(z, z, (weights, torch.eye(len(z), dtype=torch.bool)), 0.1)
+
+    assert_same(own, paper, drawn(4, 5, seed=1), drawn(4, 5, seed=2))
+
+
 def test_medaug_is_moco_whose_key_is_another_scan_of_the_patient() -> None:
     """arXiv:2102.10663: the positive is drawn among the patient's scans; the loss is MoCo's."""
     scans, other_scans, queue = drawn(4, 5, seed=1), drawn(4, 5, seed=2), drawn(6, 5, seed=3)

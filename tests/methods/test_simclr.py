@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from medclr.errors import ConfigError
 from medclr.losses import NTXentLoss
 from medclr.methods import SimCLR
 from medclr.models import Projector
-from tests.methods.builders import meta_of, tiny_encoder, view_of
+from tests.methods.builders import meta_of, method_of, tiny_encoder, view_of, views_of
 
 
 def embeddings_of(z_1: torch.Tensor, z_2: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -76,3 +77,21 @@ def test_an_unusable_temperature_is_refused_at_construction(temperature: float) 
 def test_a_projector_of_another_width_is_refused_at_construction() -> None:
     with pytest.raises(ConfigError, match="projector"):
         SimCLR(tiny_encoder(), Projector(17))
+
+
+@pytest.mark.parametrize("kind", ["SimCLR", "MoCo v3"])
+def test_a_first_batch_of_one_patient_is_refused(kind: str) -> None:
+    method = method_of(kind)
+    embeddings = method(*views_of(3))
+    with pytest.raises(ConfigError, match=r"one patient.*\n.*6 embeddings"):
+        method.contrast(embeddings, meta_of([4, 4, 4]))
+    assert method.contrast(embeddings, meta_of([4, 4, 5]))[keys.LOSS] > 0
+    method.contrast(embeddings, meta_of([4, 4, 4]))  # a later one may happen by chance
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("SimCLR", {"affinity": Affinity(same_patient="negative")}), ("BYOL", {})]
+)
+def test_one_patient_is_enough_where_negatives_are_own_scans_or_not_needed(kind: str, settings: Any) -> None:
+    method = method_of(kind, **settings)
+    assert method.contrast(method(*views_of(3)), meta_of([4, 4, 4]))[keys.LOSS] > 0

@@ -7,7 +7,7 @@ from torch import nn
 
 from medclr.errors import ConfigError
 from medclr.models import Encoder, norm_argument, with_norm
-from medclr.models.norms import describe_norm, norm_of
+from medclr.models.norms import describe_norm, norm_of, synchronised
 
 NORMS = {"instance": nn.InstanceNorm3d, "group": nn.GroupNorm, "batch": nn.BatchNorm3d}
 KINDS = (nn.InstanceNorm3d, nn.GroupNorm, nn.BatchNorm3d)
@@ -114,3 +114,13 @@ def test_a_lone_norm_layer_cannot_be_replaced_in_place() -> None:
 def test_instance_norm_in_a_bundle_reaches_every_layer_of_resnet10() -> None:
     encoder = Encoder(resnet10(n_input_channels=1), norm="instance")
     assert not [name for name, _ in encoder.named_buffers()]
+
+
+def test_batch_norms_of_all_ranks_keep_their_parameters_and_need_a_gpu() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GroupNorm(2, 4))
+    before = list(network.parameters())
+    converted = synchronised(network, "cuda")
+    assert [type(layer) for layer in converted] == [nn.Linear, nn.SyncBatchNorm, nn.GroupNorm]
+    assert all(new is old for new, old in zip(converted.parameters(), before, strict=True))
+    with pytest.raises(ConfigError, match="sync_norms: true on cpu"):
+        synchronised(network, "cpu")

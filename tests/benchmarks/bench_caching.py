@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--size", default=None, type=int, help="edge of a view, voxels; 48 on a GPU, 24 on a CPU")
     parser.add_argument("--plain", default=None, type=int, help="pairs of the plain step")
     parser.add_argument("--precision", default=None, help="bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--repeats", default=3, type=int)
     arguments = parser.parse_args()
     device, on_gpu = arguments.device, arguments.device.type == "cuda"
     pairs, chunk, size = (
@@ -151,11 +151,12 @@ def main() -> None:
         f"memory above the views: {pairs} pairs of {size}^3 in chunks of {chunk} {memory[1] / 2**20:.0f} MiB, "
         f"one chunk {memory[0] / 2**20:.0f} MiB, ratio {memory[1] / max(1, memory[0]):.2f}"
     )
-    cached = seconds(whole, arguments.repeats, device) / pairs
-    del whole, batch_views
     plain_pairs = arguments.plain or (largest_plain(method, size, pairs, precision, device) if on_gpu else pairs)
     plain_views = views_of(plain_pairs, size, device)
-    plain = seconds(step_of(method, plain_views, None, precision), arguments.repeats, device) / plain_pairs
+    works = (whole, pairs), (step_of(method, plain_views, None, precision), plain_pairs)
+    # In turns, so that a busy machine slows both.
+    rounds = [[seconds(work, 1, device) / count for work, count in works] for _ in range(arguments.repeats)]
+    cached, plain = (min(taken) for taken in zip(*rounds, strict=True))
     print(
         f"time a pair: cached {1e3 * cached:.2f} ms, plain at {plain_pairs} pairs {1e3 * plain:.2f} ms, "
         f"ratio {cached / plain:.2f}"

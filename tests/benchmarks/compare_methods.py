@@ -7,8 +7,8 @@ patients (validation and test; nothing is chosen by them): pair recall, effectiv
 can be read from the embeddings by a linear probe that is fitted on training patients. Beside them: untrained encoders,
 and a fingerprint without anatomy, the histogram of grey values and their quantisation step. All of it again on scans
 that are re-quantised and whose intensities are changed, which a fingerprint does not survive; runs that end in
-``altered`` were trained on such scans too. Finished runs stand in FOLDER/results.jsonl and are not repeated; the tables
-are printed, and written to FOLDER/tables.md.
+``altered`` were trained on such scans too. Embeddings are centred on the training patients' mean. What was measured
+stands in FOLDER/results.jsonl and is not repeated; the tables are printed, and written to FOLDER/tables.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from medclr.data import Datalist, Preprocessing, read_datalist, write_datalist
 from medclr.draws import stable_seed
 from medclr.engine.metrics import embedding_report, pair_recall
 from medclr.evaluate import WindowEmbedder
+from medclr.weights import load_encoder, read_manifest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "contrastive_pretraining" / "configs"
 OVERLAYS = {
@@ -219,6 +220,8 @@ class Bench:
         passes = -(-10 * given.batch // patients)
         epochs = max(1, round(given.steps / (patients * passes // given.batch)))
         folder = self.output / "runs" / f"{name} {seed}".replace(", ", "_").replace(" ", "_")
+        weights = folder / "encoder.safetensors"
+        trained = weights.exists() and read_manifest(weights).epochs == epochs
         work = ConfigWorkflow(
             config_file=[str(CONFIGS / part) for part in ["train.yaml", *OVERLAYS[run.method]]],
             meta_file=str(CONFIGS / "metadata.json"),
@@ -226,7 +229,7 @@ class Bench:
             workflow_type="train",
             bundle_root=str(CONFIGS.parent),
             datalist=str(datalist.path),
-            output_dir=str(folder),
+            output_dir=str(folder / "again" if trained else folder),
             seed=seed,
             roi_size=given.size,
             init_filters=8,
@@ -241,13 +244,17 @@ class Bench:
         encoder = work.parser.get_parsed_content("encoder")
         if ("untrained", seed) not in done:
             self._add("untrained", seed, encoder)
-        work.run()
-        trainer = work.parser.get_parsed_content("train::trainer")
-        self._add(name, seed, encoder, steps=trainer.state.iteration)
+        if trained:
+            load_encoder(weights, into=encoder)
+        else:
+            work.run()
+        self._add(name, seed, encoder, steps=read_manifest(weights).steps)
 
     def _add(self, name: str, seed: int, encoder: torch.nn.Module, **more: Any) -> None:
         sets = self.seen, self.unseen, self.unseen_changed
         train, test, changed = (embedded(encoder, self.arguments.size, scans) for scans in sets)
+        # What all scans have in common may be a hundred times what tells them apart, and hides it from a cosine.
+        train, test, changed = (table - train.mean(axis=0) for table in (train, test, changed))
         found = probes(train, self.seen, test, self.unseen)
         self.add(name=name, seed=seed, probes=found, **self.look([test, changed]), **more)
 

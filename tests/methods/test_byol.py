@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from medclr import keys
 from medclr.errors import ConfigError
 from medclr.methods import BYOL
-from medclr.models import Projector
+from medclr.models import MomentumCopy, Projector
 from tests.methods.builders import WIDTH, meta_of, method_of, tiny_encoder, views_of
 
 
@@ -96,3 +96,17 @@ def test_heads_that_do_not_fit_are_refused_at_construction(heads: dict[str, Proj
 def test_a_momentum_that_is_none_is_refused_at_construction() -> None:
     with pytest.raises(ConfigError, match="momentum"):
         method_of("BYOL", momentum=1.5)
+
+
+@pytest.mark.parametrize("kind", ["BYOL", "MoCo v2", "MoCo v3"])
+def test_weights_that_were_loaded_before_the_run_are_in_both_copies_at_its_first_step(kind: str) -> None:
+    method = method_of(kind)
+    copies = [copy for copy in method.children() if isinstance(copy, MomentumCopy)]
+    assert len(copies) == 2
+    with torch.no_grad():
+        for parameter in (*method.encoder.parameters(), *method.projector.parameters()):
+            parameter.add_(1.0)
+    method.before_step(0.0)
+    for network, copy in zip((method.encoder, method.projector), copies, strict=True):
+        for own, its in zip(network.parameters(), copy.copy.parameters(), strict=True):
+            assert torch.equal(own, its)

@@ -6,10 +6,9 @@ What is slow to import is imported by the command that needs it, so that ``medcl
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -61,14 +60,17 @@ def _options(
 
 @app.command("index")
 def index_command(
-    folder: Annotated[Path, typer.Argument(help="The folder of scans (NIfTI); searched downwards.")],
-    patients: Annotated[
-        str,
-        typer.Option(
-            help="Whose scan a file is: a table (CSV, TSV) or a pattern such as '{patient}/{study}_*.nii.gz'."
-        ),
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of scans: DICOM, NIfTI, NRRD, MetaImage, BIDS; searched downwards.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The datalist; quarantine.json goes beside it.")],
+    patients: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose scan a file is: a table (CSV, TSV) or a pattern such as '{patient}/{study}_*.nii.gz'. "
+            "DICOM and BIDS know their patients."
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="Where labels lie, e.g. '{folder}/labelsTr/{name}'; found by folder names if left out."),
@@ -77,12 +79,21 @@ def index_command(
     table: Annotated[Path | None, typer.Option(help="A further table of columns, by volume or by patient.")] = None,
     volume_column: Annotated[str | None, typer.Option(help="The table's column of volumes.")] = None,
     patient_column: Annotated[str | None, typer.Option(help="The table's column of patients.")] = None,
+    derivatives: Annotated[bool, typer.Option(help="Index derivatives/ and sourcedata/ of BIDS too.")] = False,
+    keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Ids are public already: no pseudonyms.")] = False,
+    hide_subjects: Annotated[
+        bool, typer.Option("--hide-subjects", help="Hide BIDS subjects, and ids that tables give, in paths.")
+    ] = False,
+    export_nifti: Annotated[Path | None, typer.Option(help="Write pseudonymous copies here, and list those.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read all files again.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if left out.")] = None,
     check_voxels: Annotated[bool, typer.Option(help="Read every voxel once: constants, NaN, duplicates.")] = True,
 ) -> None:
     """Turn a folder of scans into a datalist; what cannot be used is listed with its reason."""
     from medclr.data.files import refuse_unwritable
     from medclr.data.index import QUARANTINE_FILE, index
+    from medclr.data.index_summary import print_summary
+    from medclr.data.walk import available_cores
 
     refuse_unwritable(output)
     result = index(
@@ -93,12 +104,16 @@ def index_command(
         table=table,
         volume_column=volume_column,
         patient_column=patient_column,
+        derivatives=derivatives,
+        keep_ids=keep_ids,
+        hide_subjects=hide_subjects,
+        fresh=fresh,
         workers=workers,
         check_voxels=check_voxels,
         progress=True,
     )
-    result.write(output)
-    _print_summary(result.summary)
+    result.write(output, export=export_nifti, workers=workers or available_cores(), progress=True)
+    print_summary(result.summary)
     print(f"Wrote {output} and {output.with_name(QUARANTINE_FILE)}")
 
 
@@ -214,35 +229,3 @@ def _print_sections(datalists: dict[str, Datalist]) -> None:
         for section, counts in datalist.summary().items():
             table.add_row(name, section, *(str(counts[key]) for key in ("patients", "scans", "labelled")))
     Console().print(table)
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    table = Table("what", "how many", title="Index")
-    low, high = summary["spacing_mm"]
-    smallest, largest = summary["shape"]
-    texts = {
-        "patients": summary["patients"],
-        "scans": summary["scans"],
-        "labelled scans": summary["labelled"],
-        "scans a patient": _listed(summary["scans_per_patient"], "{} patient(s) with {}"),
-        "spacing (mm)": f"{_times(low)} to {_times(high)}",
-        "shape": f"{_times(smallest)} to {_times(largest)}",
-        "voxel types": _listed(summary["dtypes"], "{1}: {0}"),
-        "quarantined": sum(summary["quarantined"].values()),
-        **{f"  {problem}": count for problem, count in summary["quarantined"].items()},
-        "other files": summary["other_files"],
-        "left out by --images": summary["left_out"],
-        "table rows without a scan": summary["unused_table_rows"],
-        "scans without a table row": summary["without_table_row"],
-    }
-    for what, text in texts.items():
-        table.add_row(what, str(text))
-    Console().print(table)
-
-
-def _listed(counts: dict[Any, int], form: str) -> str:
-    return ", ".join(form.format(count, key) for key, count in counts.items())
-
-
-def _times(values: Iterable[float]) -> str:
-    return " x ".join(f"{value:g}" for value in values)

@@ -19,6 +19,8 @@ SITE: Final = "site"
 SCANNER: Final = "scanner"
 AGE: Final = "age"
 SEX: Final = "sex"
+CONTENT: Final = "content"
+"""Which voxels a scan has: equal ones are one scan, whatever the files are called."""
 
 TRAINING: Final = "training"
 VALIDATION: Final = "validation"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,15 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 WriteScan = Callable[..., str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test makes or reads a key of the user's; other processes that a test starts inherit the folder."""
+    folder = tmp_path_factory.mktemp("private_home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDCLR_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

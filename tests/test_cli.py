@@ -42,7 +42,7 @@ def medclr_command(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tu
 @pytest.fixture
 def datalist(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     path = tmp_path / "datalist.json"
-    arguments = ("index", folder, "--output", path, "--patients", "{patient}_*", "--workers", 1)
+    arguments = ("index", folder, "--output", path, "--patients", "{patient}_*", "--workers", 1, "--keep-ids")
     code, out, _ = medclr_command(*arguments, capsys=capsys)
     assert code == 0
     for line in (

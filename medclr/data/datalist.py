@@ -7,6 +7,7 @@ top-level keys are kept. A row is a dictionary:
 ``image``      a path, or a list of co-registered sequences (channels) in which ``null`` marks an absent one
 ``patient_id`` text; whole numbers become text
 ``label``      optional: a path (segmentation), or a number or text (class)
+``content``    optional: which voxels these are, ``vox-...``, as ``medclr index`` writes it; equal ones are one scan
 others         optional scalars: ``study_id, series_id, modality, sequence, days, site, scanner, age, sex, ...``
 =============  =====================================================================================================
 
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medclr.data.contents import refuse_shared_contents, warn_of_repeated_contents
 from medclr.data.files import dump_json, read_json, unreadable, write_text
 from medclr.data.rows import Row, RowReader, is_file_name, located, shortened
 from medclr.errors import DatalistError
@@ -45,7 +47,8 @@ class Datalist:
         extra: the file's other top-level keys.
 
     Raises:
-        DatalistError: no rows at all, an unknown section, a row without a patient, or a patient in two sections.
+        DatalistError: no rows at all, an unknown section, a row without a patient, or a patient or the same
+            voxels (``content``) in two sections.
     """
 
     sections: dict[str, list[Row]]
@@ -71,6 +74,7 @@ class Datalist:
                 fix="Make one with: medclr index FOLDER --output datalist.json --patients volumes.csv",
             )
         _refuse_shared_patients(self.sections)
+        refuse_shared_contents(self.sections)
 
     @property
     def training(self) -> list[Row]:
@@ -164,7 +168,8 @@ def read_datalist(
     Raises:
         DatalistError: naming section, row (counted from 0) and key: no JSON object, no rows, a section that is absent
             or empty though asked for, a missing or unknown value, a missing or duplicate file, an unknown file type, a
-            path that leaves the folder, a patient in two sections, rows with different numbers of channels.
+            path that leaves the folder, a patient or the same voxels in two sections, rows with different numbers of
+            channels. The same voxels twice in one section are a warning.
 
     Example:
         >>> rows = read_datalist("datalist.json", "/data/hippocampus").training  # doctest: +SKIP
@@ -181,6 +186,7 @@ def read_datalist(
     checked = {name: reader.read(name, rows, sections is None or name in sections) for name, rows in present.items()}
     reader.finish()
     everything = Datalist(sections=checked, root=root, path=path, extra=content)
+    warn_of_repeated_contents(checked)
     if sections is None:
         return everything
     return Datalist({name: checked[name] for name in SECTIONS if name in sections}, root, path, content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.image_reader import ImageReader
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import MapTransform
 from torch import Tensor
 
 from medclr import keys
-from medclr.errors import ConfigError, ScanError
+from medclr.data.privacy import described
+from medclr.data.scan_files import ScanFiles
+from medclr.errors import ScanError
 
 CHANNELS = "channels"
 """Key of a preprocessed row: bool tensor (C,), which sequences are present."""
@@ -33,20 +34,7 @@ class LoadScand(MapTransform):
 
     def __init__(self, load: Sequence[str], *, reader: ImageReader | str | None = None) -> None:
         super().__init__(load, allow_missing_keys=True)
-        try:
-            # Asked to choose, MONAI starts every reader it has, DICOM's codecs among them; scans are NIfTI.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it tells of optional codecs that are not installed
-                self.loader = LoadImage(
-                    reader=reader or "NibabelReader", image_only=True, dtype=np.float32, ensure_channel_first=True
-                )
-        except Exception as error:  # an unknown name, or a reader whose package is not installed
-            raise ConfigError(
-                "The reader is unusable.",
-                got=reader,
-                wanted="an image reader of MONAI, its name, or null",
-                fix="For example reader: NibabelReader.",
-            ) from error
+        self.loader = ScanFiles(reader)
 
     def __call__(self, row: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Row of paths to row of MetaTensors (C, X, Y, Z)."""
@@ -58,7 +46,7 @@ class LoadScand(MapTransform):
         if not present:
             raise ScanError(
                 "A scan has no sequence at all.",
-                got=paths,
+                got=described(paths),
                 wanted="at least one path under image",
                 fix="Drop the row, or name its file.",
             )
@@ -83,7 +71,7 @@ class LoadScand(MapTransform):
         if not isinstance(path, (str, os.PathLike)):
             raise ScanError(
                 "A label is no file.",
-                got=f"{path!r:.40}",
+                got=described(path),
                 wanted="the path of one mask",
                 fix="Name the mask's file under label, or leave label out of load.",
             )
@@ -124,15 +112,7 @@ class LoadScand(MapTransform):
         return image
 
     def _read(self, path: Any) -> MetaTensor:
-        try:
-            image = self.loader(path)
-        except Exception as error:  # readers raise many kinds, and their texts hold paths, which may hold names
-            raise ScanError(
-                "A file cannot be read as an image.",
-                got=type(error).__name__,
-                wanted="a complete file of a known type",
-                fix="Copy or convert the file again.",
-            ) from error
+        image = self.loader(path)
         if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 2:
             raise ScanError(
                 "A scan is not 3D.",

@@ -5,8 +5,7 @@ A file is streamed once, in pieces, so that a check needs no more memory than on
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -18,14 +17,20 @@ import numpy as np
 from nibabel.imageglobals import LoggingOutputSuppressor
 from numpy.typing import NDArray
 
+from medclr.data.index_content import ContentDigest
+from medclr.data.index_gzip import GzipStream
 from medclr.errors import ScanError
 
 SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (*SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Of all files that hold one volume each."""
 
 MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
 """Voxel spacing outside these limits is taken for a mistake in the header."""
 
 _PIECE = 1 << 18
+_ZEROS = bytes(_PIECE)
+_NAME_FIELDS = ("db_name", "descrip", "aux_file")
 
 
 class Probe(NamedTuple):
@@ -40,13 +45,28 @@ class Probe(NamedTuple):
     dtype: str
     """Voxel type as stored."""
     digest: str
-    """Sha256 of shape, type, scaling and voxels; empty where voxels were not read."""
+    """Of the voxels, the same in any file type (:mod:`medclr.data.index_content`); empty where they were not read."""
+
+    names: tuple[str, ...] = ()
+    """What the header holds where programs put a patient's name; never shown."""
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_json` takes."""
+        return json.dumps([self.shape, self.affine.tolist(), self.spacing, self.dtype, self.digest, self.names])
+
+    @classmethod
+    def from_json(cls, text: str) -> Probe:
+        """The probe of a text."""
+        shape, affine, spacing, dtype, digest, names = json.loads(text)
+        return cls(tuple(shape), np.array(affine), tuple(spacing), dtype, digest, tuple(names))
 
 
 def stem_of(path: str) -> str:
     """A file name without its folder and volume suffix."""
     name = path.rsplit("/", 1)[-1]
-    suffix = next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), "")
+    suffix = next(
+        (suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), ""
+    )
     return name[: len(name) - len(suffix)]
 
 
@@ -73,14 +93,15 @@ def probe_nifti(path: Path, *, check_voxels: bool = True, is_label: bool = False
         if not check_voxels:
             _check_size(path, offset + size)
             return probe
-        scaling = f"{image.dataobj.slope} {image.dataobj.inter}"
+        scaling = (float(image.dataobj.slope), float(image.dataobj.inter))
         return probe._replace(digest=_read_voxels(path, offset, size, dtype, scaling, probe, is_label))
     except ScanError:
         raise
     except Exception as error:  # a damaged file can fail in any way inside the reader; none may end the run
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ScanError(
             "The file is no readable NIfTI image.",
-            got=f"{type(error).__name__}: {error}".splitlines()[0].replace(str(path), path.name),
+            got=text.replace(str(path), "it").replace(path.name, "it"),  # a name may be a patient's
             wanted="a NIfTI image (.nii, or .nii.gz compressed with gzip)",
             fix="Obtain the file again, or convert it anew.",
         ) from error
@@ -123,27 +144,49 @@ def _read_header(image: nibabel.Nifti1Image) -> tuple[Probe, int, int, np.dtype[
         raise _unusable("The affine cannot be inverted.", affine[:3].tolist(), "three independent axes")
     spacing = (float(lengths[0]), float(lengths[1]), float(lengths[2]))
     size = math.prod(full) * dtype.itemsize
-    return Probe(shape, affine, spacing, _name(dtype), ""), size, int(image.dataobj.offset), dtype
+    return Probe(shape, affine, spacing, _name(dtype), "", _names(image)), size, int(image.dataobj.offset), dtype
+
+
+def _names(image: nibabel.Nifti1Image) -> tuple[str, ...]:
+    """The fields in which a name may stand: Analyze's ``db_name``, and a description with DICOM's ``^`` in it."""
+    texts = [bytes(image.header[key].tobytes()).decode("latin-1").strip(" \0") for key in _NAME_FIELDS]
+    return tuple(
+        text for key, text in zip(_NAME_FIELDS, texts, strict=True) if text and (key == "db_name" or "^" in text)
+    )
 
 
 def _read_voxels(
-    path: Path, offset: int, size: int, dtype: np.dtype[np.generic], scaling: str, probe: Probe, is_label: bool
+    path: Path,
+    offset: int,
+    size: int,
+    dtype: np.dtype[np.generic],
+    scaling: tuple[float, float],
+    probe: Probe,
+    is_label: bool,
 ) -> str:
-    digest = hashlib.sha256(f"{probe.shape} {dtype.str} {scaling}".encode())
+    content = ContentDigest(probe.shape, probe.affine)
+    row = probe.shape[0]
+    step = max(_PIECE // (row * dtype.itemsize), 1) * row * dtype.itemsize
     first: NDArray[np.generic] | None = None
     constant, bad, read = True, 0, 0
     with _open(path) as stream:
         try:
             stream.seek(offset)
-            while piece := stream.read(min(_PIECE, size - read)):
+            while piece := stream.read(min(step, size - read)):
                 read += len(piece)
-                digest.update(piece)
                 voxels = np.frombuffer(piece, dtype, count=len(piece) // dtype.itemsize)
                 if first is None and len(voxels):
                     first = voxels[:1]
+                if scaling == (1.0, 0.0) and len(voxels) % row == 0 and piece == _ZEROS[: len(piece)]:
+                    constant = constant and not voxels[0] and not first[0]  # type: ignore[index]
+                    content.skip(len(voxels) // row)  # most of a mask is background
+                    continue
                 constant = constant and bool((voxels == first).all())
                 if dtype.kind == "f":
                     bad += int(np.count_nonzero(~np.isfinite(voxels)))
+                if len(voxels) % row == 0:
+                    with np.errstate(all="ignore"):
+                        content.update(voxels.reshape(-1, row), scaling)
             surplus = len(stream.read(_PIECE))  # reading past the end also verifies gzip's checksum
         except EOFError as error:
             raise _cut_short("a compressed stream that breaks off", offset + size) from error
@@ -156,7 +199,7 @@ def _read_voxels(
         raise _unusable(problem, f"{bad} of {math.prod(probe.shape)} voxels", "finite numbers")
     if constant and not is_label:
         raise _unusable("The image is constant.", "one value in every voxel", "at least two values")
-    return digest.hexdigest()
+    return content.hexdigest()
 
 
 def _check_size(path: Path, wanted: int) -> None:
@@ -182,8 +225,8 @@ def _check_size(path: Path, wanted: int) -> None:
         raise _too_long(f"at least {got}", wanted)
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def _open(path: Path) -> IO[bytes] | GzipStream:
+    return GzipStream(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _name(dtype: np.dtype[np.generic]) -> str:

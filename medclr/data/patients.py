@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medclr.data.cells import Cells, column_name, is_missing
-from medclr.data.nifti import stem_of
+from medclr.data.nifti import VOLUME_SUFFIXES, stem_of
 from medclr.errors import ConfigError, ScanError
 from medclr.keys import IMAGE, PATIENT_ID
 
 VOLUME_COLUMNS = (
     *("file", "filename", "file_name", "filepath", "file_path", "path"),
     *("image", "image_path", "volume", "scan"),
+)
+_HOW = (
+    "--patients with a pattern of the path such as '{patient}/{study}_*.nii.gz', "
+    "or with a table of columns volume and patient"
 )
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant", "participant_id")
 
@@ -97,7 +101,7 @@ class PatientTable:
             {columns[name]: cell for name, cell in line.items() if name in columns and not is_missing(cell)}
             for line in lines
         ]
-        self._by_volume = volume is not None
+        self.by_volume = volume is not None
         self._places: dict[str, int] = {}
         for place, line in enumerate(lines):
             key = _tidy(line[volume]) if volume is not None else self.rows[place].get(PATIENT_ID, "")
@@ -108,15 +112,19 @@ class PatientTable:
 
     def find(self, path: str, patient: str | None = None) -> int | None:
         """The number of the row of a volume, or of a patient if the table names no volumes; None if there is none."""
-        if not self._by_volume:
+        if not self.by_volume:
             return self._places.get(patient or "")
         suffix = len(path.rsplit("/", 1)[-1]) - len(stem_of(path))
         keys = (path, path[: len(path) - suffix], path.rsplit("/", 1)[-1], stem_of(path))
         return next((self._places[key] for key in keys if key in self._places), None)
 
+    def find_name(self, names: Sequence[str]) -> int | None:
+        """The number of the row of a scan by the names that it has besides its path, the first that is in the table."""
+        return next((self._places[name] for name in names if name and name in self._places), None)
+
     def ambiguous(self, found: Iterable[tuple[str, int | None]]) -> set[int]:
         """Rows that name several volumes alike, given each path with the row found for it."""
-        if not self._by_volume:
+        if not self.by_volume:
             return set()
         files: dict[int, set[str]] = {}
         for path, place in found:
@@ -149,7 +157,7 @@ class Identify:
     """Finds the patient of each scan, and the columns that come with it.
 
     Args:
-        patients: a pattern, or the path of a table that names volumes and patients.
+        patients: a pattern, or the path of a table that names volumes and patients; None where scans name their own.
         table: a further table of columns, by volume or by patient.
         volume_column, patient_column: of the table (of ``patients``, if that is one too).
 
@@ -159,7 +167,7 @@ class Identify:
 
     def __init__(
         self,
-        patients: str | Path,
+        patients: str | Path | None,
         table: str | Path | None = None,
         *,
         volume_column: str | None = None,
@@ -167,7 +175,8 @@ class Identify:
     ) -> None:
         self.pattern = PatientPattern(str(patients)) if "{" in str(patients) or "(?P<" in str(patients) else None
         self.tables: list[PatientTable] = []
-        if not self.pattern:
+        self.asked = patients is not None or table is not None
+        if not self.pattern and patients is not None:
             self.tables.append(PatientTable(patients, volume_column=volume_column, patient_column=patient_column))
             volume_column = patient_column = None
         if table is not None:
@@ -175,7 +184,7 @@ class Identify:
                 table, volume_column=volume_column, patient_column=patient_column, names_volumes=False
             )
             self.tables.append(further)
-        elif self.pattern and (volume_column or patient_column):
+        elif volume_column or patient_column:
             raise ConfigError(
                 "A column is named, but no table is given.",
                 got=f"--volume-column {volume_column}, --patient-column {patient_column}",
@@ -185,37 +194,51 @@ class Identify:
         self.unused_rows = 0
         self.without_row = 0
 
-    def __call__(self, paths: Sequence[str]) -> tuple[dict[str, Cells], dict[str, ScanError]]:
-        """Columns (``patient_id`` among them) of the scans whose patient is known, and reasons for the others.
+    def __call__(
+        self, paths: Sequence[str], names: Mapping[str, Sequence[str]] | None = None
+    ) -> tuple[dict[str, Cells], dict[str, ScanError]]:
+        """Columns of the scans whose patient is known, and reasons for the others.
+
+        Args:
+            paths: scans.
+            names: further names that a table may know a scan by, such as a PatientID or ``sub-01``, of the scans that
+                name their patient themselves. Their columns lack ``patient_id`` where neither pattern nor table has it.
 
         Raises:
             ConfigError: a table fits none of the scans.
         """
+        names = names or {}
         known: dict[str, Cells] = {}
         unknown: dict[str, ScanError] = {}
         for path in paths:
             cells = self.pattern.match(path) if self.pattern else {}
-            if cells is None:
+            if cells is None and path not in names:
                 unknown[path] = _unknown("the pattern does not fit the path")
+            elif not self.asked and path not in names:
+                unknown[path] = _unknown("a file that does not name one", _HOW)
             else:
-                known[path] = cells
+                known[path] = cells or {}
         for table in self.tables:
             rows = {path: table.find(path, known[path].get(PATIENT_ID)) for path in known}
+            several = table.ambiguous(rows.items())
+            rows |= {path: table.find_name(names[path]) for path, row in rows.items() if row is None and path in names}
             if known and all(row is None for row in rows.values()):
                 got = f"none of its {len(table.rows)} rows fits any of {len(known)} scans"
                 fix = (
                     "Check the columns (--volume-column, --patient-column), and that names are relative to the folder."
                 )
                 raise _bad_table(table.path, got, "rows that name scans of the folder, or their patients", fix)
-            several = table.ambiguous(rows.items())
             for path, row in rows.items():
                 found = {} if row is None else table.rows[row]
+                if not table.by_volume and PATIENT_ID not in known[path]:
+                    # The row was found by the scan's own name of its patient, which says more than the row's.
+                    found = {name: cell for name, cell in found.items() if name != PATIENT_ID}
                 clash = [name for name, cell in found.items() if known[path].get(name, cell) != cell]
                 if row in several:
                     unknown[path] = _unknown("the table's name for it fits several files")
                 elif clash:
                     unknown[path] = _unknown(f"two sources differ in {', '.join(clash)}")
-                elif PATIENT_ID not in found and PATIENT_ID not in known[path]:
+                elif PATIENT_ID not in found and PATIENT_ID not in known[path] and path not in names:
                     unknown[path] = _unknown(
                         "the table has no row for it" if row is None else "its row names no patient"
                     )
@@ -227,9 +250,9 @@ class Identify:
         return known, unknown
 
 
-def _unknown(got: str) -> ScanError:
+def _unknown(got: str, wanted: str = "one patient for every scan") -> ScanError:
     fix = "Complete the table, or widen the pattern."
-    return ScanError("The patient is unknown.", got=got, wanted="one patient for every scan", fix=fix)
+    return ScanError("The patient is unknown.", got=got, wanted=wanted, fix=fix)
 
 
 def _simple(pattern: str) -> str:
@@ -249,8 +272,8 @@ def _simple(pattern: str) -> str:
             seen.add(name)
     # Short matches need an end to reach for, and a name must not start in the middle of a component.
     start = "(?:^|/)" if pattern.startswith(("{", "*")) else ""
-    end = r"(?:\.nii(?:\.gz)?$|/|$)"
-    if pattern.lower().endswith(("/", ".nii", ".nii.gz")):
+    end = r"(?:\.(?:nii(?:\.gz)?|nrrd|nhdr|mha|mhd|dcm)$|/|$)"
+    if pattern.lower().endswith(("/", *VOLUME_SUFFIXES, ".dcm")):
         end = "" if pattern.endswith("/") else "$"
     return start + "".join(parts) + end
 

@@ -1,5 +1,8 @@
 """One row of a datalist: what each key may hold, and where its files lie.
 
+A path may hold references (:mod:`medclr.data.privacy`). Rows keep them, and a file is looked for under its real path.
+Errors name the place, and a path as the datalist spells it: never where that leads, and never another value.
+
 Reading 100,000 rows costs one ``lstat`` a file; symbolic links are followed once a folder, not once a row.
 """
 
@@ -12,14 +15,18 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from medclr.errors import DatalistError
+from medclr.data.privacy import described, has_reference, locate
+from medclr.errors import ConfigError, DatalistError
 from medclr.keys import AGE, DAYS, IMAGE, LABEL, PATIENT_ID, SERIES_ID, STUDY_ID
 
 Row = dict[str, Any]
 """A row: text, numbers, and under ``image`` perhaps a list."""
 
-VOLUME_SUFFIXES: Final = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".series.json")
-"""File types of images and segmentations; a series file lists the slices of one DICOM volume."""
+SERIES_SUFFIX: Final = ".dcmseries"
+"""Of a series file, which lists the slices of one DICOM volume."""
+
+VOLUME_SUFFIXES: Final = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", SERIES_SUFFIX)
+"""File types of images and segmentations."""
 
 LISTED_FILES: Final = 5
 """How many missing files an error names."""
@@ -27,7 +34,7 @@ LISTED_FILES: Final = 5
 _IDS = (PATIENT_ID, STUDY_ID, SERIES_ID)
 _NUMBERS = (DAYS, AGE)
 _FILE_NAME = re.compile(
-    r"[/\\]|\.(nii|gz|nrrd|nhdr|mha|mhd|json|dcm|png|jpe?g|tiff?|bmp|npy|npz|h5|hdf5|img|hdr|mgz|mat|raw|vtk|vti|zip|pt)$",
+    r"[/\\]|\.(nii|gz|nrrd|nhdr|mha|mhd|json|dcm|dcmseries|png|jpe?g|tiff?|bmp|npy|npz|h5|hdf5|img|hdr|mgz|mat|raw|vtk|vti|zip|pt)$",
     re.IGNORECASE,
 )
 
@@ -92,7 +99,7 @@ class RowReader:
         if not isinstance(row, dict):
             raise DatalistError(
                 f"{located(section, number)}: the row is no object.",
-                got=shortened(row),
+                got=described(row),
                 wanted='{"image": path, "patient_id": text, ...}',
                 fix="Write the row as an object that names its patient; `medclr index` does so.",
             )
@@ -120,14 +127,14 @@ class RowReader:
         if not all(isinstance(path, str) or (path is None and isinstance(value, list)) for path in paths):
             raise DatalistError(
                 f"{place}: the value has the wrong type.",
-                got=shortened(value),
+                got=described(value),
                 wanted="a path, or a list of paths in which null marks an absent sequence",
                 fix="Write paths as text.",
             )
         if not any(path is not None for path in paths):
             raise DatalistError(
                 f"{place}: the row has no image.",
-                got=shortened(value),
+                got=described(value),
                 wanted="at least one path",
                 fix="Remove the row: a scan without any sequence is no scan.",
             )
@@ -160,43 +167,52 @@ class RowReader:
         if not text.lower().endswith(VOLUME_SUFFIXES):
             raise DatalistError(
                 f"{place}: the file type is unknown.",
-                got=shortened(text),
+                got=_ending(text),
                 wanted=f"a file name that ends in one of {', '.join(VOLUME_SUFFIXES)}",
                 fix="Convert the file, or point to a file of a known type.",
             )
         joined = os.path.join(self._root, text)
+        hidden = has_reference(text)
+        dotted = ".." in text.split("/")
+        if hidden and dotted:
+            raise _unusable(place, f"{shortened(text)}, which holds both a reference and '..'")
         try:
             # Only a link gives ".." another meaning than removing the folder before it, hence the slow way for "..".
-            absolute = os.path.realpath(joined) if ".." in text.split("/") else os.path.normpath(joined)
-            folder, name = os.path.split(absolute)
+            absolute = os.path.realpath(joined) if dotted else os.path.normpath(joined)
+            file = locate(absolute) if hidden else absolute
+            folder, name = os.path.split(file)
             if folder not in self._real_folders:
                 self._real_folders[folder] = os.path.realpath(folder)
             real = os.path.join(self._real_folders[folder], name)
             try:
-                mode = os.lstat(absolute).st_mode
+                mode = os.lstat(file).st_mode
             except FileNotFoundError:
                 mode = 0
             if stat.S_ISLNK(mode):
-                real = os.path.realpath(absolute)
+                real = os.path.realpath(file)
             exists = stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and os.path.isfile(real))
         except (OSError, ValueError) as error:
+            raise _unusable(place, f"{shortened(text)} ({_reason(error)})") from None
+        except ConfigError as error:
             raise DatalistError(
-                f"{place}: the path cannot be used.",
-                got=f"{shortened(text)} ({getattr(error, 'strerror', None) or error})",
-                wanted="a path to a file",
-                fix="Correct the path.",
-            ) from error
-        if not real.startswith(self._real_inside):
+                f"{place}: {error.problem[0].lower()}{error.problem[1:]}",
+                got=error.got,
+                wanted=error.wanted,
+                fix=error.fix,
+            ) from None
+        known = absolute.startswith((self._inside, self._real_inside)) if hidden else True
+        if not real.startswith(self._real_inside) or not known:
             raise DatalistError(
                 f"{place}: the path leaves the folder of the datalist.",
-                got=f"{shortened(text)}, which is {real}",
+                got=shortened(text),
                 wanted=f"a file below {self._root}, also after links are followed",
                 fix="Move the file there, or give a dataset_dir that holds all files.",
             )
         if must_exist and not exists:
-            self._missing.append((place, absolute))
+            self._missing.append((place, shortened(text)))
         if not absolute.startswith(self._inside):
-            absolute = os.path.join(self._root, os.path.relpath(real, self._real_inside))
+            inner = absolute if hidden else real
+            absolute = os.path.join(self._root, os.path.relpath(inner, self._real_inside))
         return absolute, real
 
 
@@ -218,11 +234,28 @@ def _read_scalar(key: str, value: object, place: str) -> object:
     if not fits:
         raise DatalistError(
             f"{place}: the value is unusable.",
-            got=shortened(value),
+            got=described(value),
             wanted=wanted,
             fix="Correct the value, or leave the key out.",
         )
     return value
+
+
+def _unusable(place: str, got: str) -> DatalistError:
+    return DatalistError(
+        f"{place}: the path cannot be used.", got=got, wanted="a path to a file", fix="Correct the path."
+    )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """What is wrong with a path, without the path."""
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _ending(text: str) -> str:
+    """What errors say of a text that should be a path: it may be anything."""
+    suffix = _FILE_NAME.search(text.replace("\\", "/").rpartition("/")[2])
+    return described(text) if suffix is None else f"a text that ends in {suffix[0]!r}"
 
 
 def shortened(value: object) -> str:

@@ -2,19 +2,20 @@
 
 Every function takes patients in the order of their first appearance and draws from the seed alone. The text of an id
 plays no part, so giving patients new pseudonyms leaves a split as it is, and two sections never share a patient.
+Rows with the same voxels (``content``) under two patients are refused, since they could end on both sides.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 
 from medclr.data.datalist import Datalist, Row
-from medclr.data.strata import Patients, apportion, spread
+from medclr.data.strata import Patients, apportion, chosen_columns, spread
 from medclr.draws import stable_seed
 from medclr.errors import ConfigError, DatalistError
 from medclr.keys import LABEL, SECTIONS, TEST, TRAINING, VALIDATION
@@ -34,14 +35,17 @@ def split_patients(
         fractions: of the patients, for training, validation and (optionally) test; they sum to 1. A section whose
             fraction is exactly 0 is left out.
         seed: any whole number.
-        stratify: column or columns whose values should be spread evenly. A patient's value is the first that is not
-            missing; numbers with more than ``strata.MANY_VALUES`` values are binned by quantiles.
+        stratify: column or columns whose values should be spread evenly, what matters most first. A patient's value is
+            the first that is not missing, and missing where all are; a label that is a mask counts as labelled; numbers
+            with more than ``strata.MANY_VALUES`` values are binned by quantiles. Combinations of values with fewer
+            patients than there are sections are merged, the last column first, and the log says so.
 
     Returns:
         rows by section name.
 
     Raises:
-        DatalistError: unusable fractions, a section that would be empty, a column that no row has, a stratum of one.
+        DatalistError: unusable fractions, a section that would be empty, a column that no row has, or two patients with
+            the same voxels.
 
     Example:
         >>> rows = [{"image": f"{n}.nii", "patient_id": str(n // 2)} for n in range(20)]
@@ -57,7 +61,8 @@ def split_patients(
             fix="Set --fractions 0.7,0.15,0.15",
         )
     patients = Patients(rows, stratify)
-    patients.refuse_strata_of_one()
+    patients.refuse_shared_contents()
+    patients.merge_rare(sum(fraction > 0 for fraction in fractions))
     counts = apportion(len(patients), fractions)
     for name, fraction, count in zip(SECTIONS, fractions, counts, strict=False):
         if fraction > 0 and count == 0:
@@ -85,29 +90,31 @@ def k_folds(
         rows: datalist rows.
         k: number of folds, from 2 to the number of patients.
         seed: any whole number.
-        stratify: as in :func:`split_patients`.
+        stratify: as in :func:`split_patients`; combinations with fewer than ``k`` patients are merged.
 
     Raises:
-        DatalistError: an impossible ``k``, a column that no row has, a stratum of one, or no stratum of ``k``.
+        DatalistError: an impossible ``k``, a column that no row has, or two patients with the same voxels.
     """
     from sklearn.model_selection import KFold, StratifiedKFold  # takes a second, and only this function needs it
 
     patients = Patients(rows, stratify)
-    patients.refuse_strata_of_one()
-    largest = max(Counter(patients.strata).values())
-    if not isinstance(k, int) or not 2 <= k <= (largest if stratify else len(patients)):
+    patients.refuse_shared_contents()
+    if not isinstance(k, int) or not 2 <= k <= len(patients):
         raise DatalistError(
             "The number of folds is impossible.",
-            got=f"{k} folds of {len(patients)} patients" + (f", at most {largest} in one stratum" if stratify else ""),
-            wanted="a whole number from 2 to the number of patients, and of the largest stratum",
-            fix="Ask for fewer folds, or stratify by fewer or coarser columns.",
+            got=f"{k} folds of {len(patients)} patients",
+            wanted="a whole number from 2 to the number of patients",
+            fix="Ask for fewer folds.",
         )
+    patients.merge_rare(k)
     state = stable_seed(seed, "folds") % 2**32
     splitter = (StratifiedKFold if stratify else KFold)(k, shuffle=True, random_state=state)
-    return [
-        (patients.rows_of(training), patients.rows_of(validation))
-        for training, validation in splitter.split(np.zeros(len(patients)), patients.codes())
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the rest that merging leaves, which the log has told of
+        return [
+            (patients.rows_of(training), patients.rows_of(validation))
+            for training, validation in splitter.split(np.zeros(len(patients)), patients.codes())
+        ]
 
 
 def nested_fractions(
@@ -225,6 +232,15 @@ def make_splits(
     Without ``fractions`` and ``folds``, a datalist that is split already keeps its sections if ``labelled`` is given
     (and is not written again); any other is split 0.7, 0.15, 0.15.
 
+    Args:
+        datalist: whose training section is split; for folds, with the validation section.
+        fractions: as in :func:`split_patients`.
+        folds: as in :func:`k_folds`.
+        labelled: as in :func:`labelled_datalists`.
+        seed: any whole number.
+        stratify: as in :func:`split_patients`. None is by label (the class, or labelled or not) and site, as far as
+            patients differ in them; where they do not, the split is that of ``"none"``, which looks at no column.
+
     Raises:
         ConfigError: both fractions and folds.
         DatalistError: as :func:`split_datalist`, :func:`fold_datalists` and :func:`labelled_datalists`.
@@ -239,17 +255,18 @@ def make_splits(
     made: dict[str, Datalist] = {}
     bases = {"": datalist}
     if folds is not None:
-        made = {f"fold{i}": part for i, part in enumerate(fold_datalists(datalist, folds, seed, stratify))}
+        columns = chosen_columns(stratify, datalist.training + datalist.validation)
+        made = {f"fold{i}": part for i, part in enumerate(fold_datalists(datalist, folds, seed, columns))}
         bases = made
     elif fractions is not None or not labelled or not (datalist.validation or datalist.test):
-        made = {"": split_datalist(datalist, fractions=fractions or (0.7, 0.15, 0.15), seed=seed, stratify=stratify)}
+        columns = chosen_columns(stratify, datalist.training)
+        made = {"": split_datalist(datalist, fractions=fractions or (0.7, 0.15, 0.15), seed=seed, stratify=columns)}
         bases = made
-    subsets = {
-        f"{name}.labelled{amount}".lstrip("."): subset
-        for name, base in bases.items()
-        if labelled
-        for amount, subset in zip(labelled, labelled_datalists(base, labelled, seed, stratify), strict=True)
-    }
+    subsets: dict[str, Datalist] = {}
+    for name, base in bases.items() if labelled else ():
+        columns = chosen_columns(stratify, [row for row in base.training if row.get(LABEL) is not None])
+        for amount, subset in zip(labelled, labelled_datalists(base, labelled, seed, columns), strict=True):
+            subsets[f"{name}.labelled{amount}".lstrip(".")] = subset
     return {**made, **subsets}
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Final
 
 import numpy as np
 
-from medclr.data.rows import Row
+from medclr.data.contents import contents_of
+from medclr.data.rows import Row, is_file_name
 from medclr.draws import shuffled, stable_seed
 from medclr.errors import DatalistError
-from medclr.keys import IMAGE, PATIENT_ID
+from medclr.keys import CONTENT, IMAGE, LABEL, PATIENT_ID, SITE
+
+logger = logging.getLogger(__name__)
+
+USUAL: Final = (LABEL, SITE)
+"""Columns that a split is stratified by where nothing else is asked for; what matters most comes first."""
+PLAIN: Final = "none"
+"""What ``medclr split --stratify`` calls a split that looks at no column."""
 
 MANY_VALUES = 10
 """A numeric column with more distinct values than this is binned by quantiles before stratifying."""
@@ -20,8 +30,39 @@ BINS = 4
 """Number of quantile bins."""
 
 
+_RARE: Final = object()
+"""Stands in a stratum for the values of a column that were merged."""
+_MASK: Final = object()
+"""Stands in a stratum for the path of any mask."""
+
+
+def usual_columns(rows: Sequence[Row]) -> list[str]:
+    """Those of ``USUAL`` in which patients differ; none where all are alike, so that the split is the plain one."""
+    differ = []
+    for column in USUAL:
+        if any(row.get(column) is not None for row in rows) and len(set(Patients(rows, column).strata)) > 1:
+            differ.append(column)
+    return differ
+
+
+def chosen_columns(asked: str | Sequence[str] | None, rows: Sequence[Row]) -> list[str] | None:
+    """The columns asked for, or the usual ones; None where there are none, as for a plain split."""
+    if asked is None:
+        usual = usual_columns(rows)
+        if usual:
+            logger.info("stratified by %s", ", ".join(usual))
+        return usual or None
+    columns = [asked] if isinstance(asked, str) else list(asked)
+    if columns == [PLAIN] and not any(PLAIN in row for row in rows):
+        return None
+    return columns or None
+
+
 class Patients:
-    """Patients in order of first appearance: the row numbers and the stratum of each."""
+    """Patients in order of first appearance: the row numbers and the stratum of each.
+
+    A label that is a file counts as labelled, whatever its name; a patient who has none is a stratum of their own kind.
+    """
 
     def __init__(self, rows: Sequence[Row], stratify: str | Sequence[str] | None) -> None:
         groups: dict[str, list[int]] = {}
@@ -48,15 +89,45 @@ class Patients:
         places = {stratum: code for code, stratum in enumerate(dict.fromkeys(self.strata))}
         return [places[stratum] for stratum in self.strata]
 
-    def refuse_strata_of_one(self) -> None:
-        """Raise where a stratum has a single patient, who cannot be spread over sections."""
-        alone = [stratum for stratum, size in Counter(self.strata).items() if size == 1]
-        if self.columns and alone:
+    def merge_rare(self, minimum: int) -> None:
+        """Merge strata of fewer than ``minimum`` patients, who cannot be spread over so many parts; the log says it.
+
+        They lose the last column first: with label and site, the rare sites of a label become one stratum, and only if
+        that is still rare, it joins all other rare ones. What is left then may be rare itself, and falls anywhere.
+        """
+        total = len(set(self.strata))
+        rare = {stratum for stratum, size in Counter(self.strata).items() if size < minimum}
+        touched = sum(stratum in rare for stratum in self.strata)
+        if not self.columns or not rare:
+            return
+        for kept in reversed(range(len(self.columns))):
+            sizes = Counter(self.strata)
+            merged = (_RARE,) * (len(self.columns) - kept)
+            self.strata = [s if sizes[s] >= minimum else (*s[:kept], *merged) for s in self.strata]
+        logger.warning(
+            "stratified by %s: %d of %d strata have fewer than %d patients (%d patients in all) and were merged; "
+            "fewer or coarser columns would keep strata apart",
+            ", ".join(self.columns),
+            len(rare),
+            total,
+            minimum,
+            touched,
+        )
+
+    def refuse_shared_contents(self) -> None:
+        """Raise where two patients have a scan with the same voxels, which a split could put on both of its sides."""
+        owners: dict[str, int] = {}
+        shared = set()
+        for place, numbers in enumerate(self._groups):
+            for content in {content for number in numbers for content in contents_of(self._rows[number])}:
+                if owners.setdefault(content, place) != place:
+                    shared.add(content)
+        if shared:
             raise DatalistError(
-                "A stratum has one patient only.",
-                got=f"{len(alone)} such strata by {', '.join(self.columns)}, for example {alone[0]}",
-                wanted="at least two patients in every stratum",
-                fix="Stratify by fewer or coarser columns, or merge rare values.",
+                "Two patients have a scan with the same voxels.",
+                got=f"{len(shared)} such scan(s), by the column {CONTENT!r}",
+                wanted="each scan under one patient, or it could be trained on and tested on",
+                fix="Give both rows the patient that they are of, or remove one; `medclr index` leaves duplicates out.",
             )
 
     def _levels(self, column: str) -> list[Hashable]:
@@ -64,6 +135,8 @@ class Patients:
             next((v for v in (self._rows[number].get(column) for number in numbers) if v is not None), None)
             for numbers in self._groups
         ]
+        if column == LABEL:  # a mask says only that it is there
+            values = [_MASK if isinstance(value, str) and is_file_name(value) else value for value in values]
         present = [value for value in values if value is not None]
         if not present or column == IMAGE:
             known = sorted({key for row in self._rows for key in row} - {IMAGE, PATIENT_ID})

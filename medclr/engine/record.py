@@ -19,12 +19,15 @@ import torch
 from medclr import distributed
 from medclr.disk import replacing
 from medclr.weights.manifest import LEFT_OUT, Manifest, package_versions
+from medclr.weights.patients import joined
 
 logger = logging.getLogger(__name__)
 
 PATHS: Final = ("datalist", "pretrained", "predictions", "results", "checkpoint", "output")
 RUNNING: Final = "running"
 """Outcome of an attempt that goes on, or that was killed and could not say so."""
+PATIENTS: Final = "patients"
+"""Key of an attempt in a checkpoint: digests of the patients that the run knows by then."""
 
 
 class RunRecord:
@@ -37,6 +40,9 @@ class RunRecord:
         seed: the run's seed.
         datalist_digest: of the datalist that is trained on.
         bundle_root: folder of the bundle, to ask git for its commit.
+        patients: digests of the patients that the run knows, by what they are to it, such as ``training``; None keeps
+            none. They go into checkpoints and weights, not into ``run.json``, and a run that goes on adds to those of
+            its checkpoint, which may be of another datalist (``resume: force``).
 
     Example:
         >>> record = RunRecord(None, seed=0)
@@ -52,9 +58,11 @@ class RunRecord:
         seed: int | None = None,
         datalist_digest: str | None = None,
         bundle_root: str | os.PathLike[str] | None = None,
+        patients: Mapping[str, Sequence[str] | None] | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.seed, self.datalist_digest, self.bundle_root = seed, datalist_digest, bundle_root
+        self.patients = None if patients is None else {use: joined(digests) for use, digests in patients.items()}
         self.configuration: dict[str, Any] = {}
         self.attempts: list[dict[str, Any]] = []
         self._start = time.monotonic()
@@ -80,7 +88,8 @@ class RunRecord:
             "hardware": hardware(),
             "from_step": step,
         }
-        self.attempts = [*map(dict, self._known(earlier)), attempt]
+        self._add_patients(earlier)
+        self.attempts = [*map(_without_patients, self._known(earlier)), attempt]
         for before in self.attempts[:-1]:
             if before["outcome"] == RUNNING:
                 before["outcome"] = "killed"
@@ -101,15 +110,28 @@ class RunRecord:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for reading by people, and perhaps edited
             return earlier
 
+    def _add_patients(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        if self.patients is not None:
+            for attempt in earlier:
+                for use, digests in (attempt.get(PATIENTS) or {}).items():
+                    self.patients[use] = joined(self.patients.get(use), digests)
+
+    def seen_patients(self) -> dict[str, list[str] | None] | None:
+        """Digests of the patients that the run knows, those of earlier attempts among them; None if none are kept."""
+        return None if self.patients is None else dict(self.patients)
+
     def end(self, step: int, outcome: str) -> None:
         """End the attempt: ``completed``, ``stopped by SIGTERM``, or the kind of error."""
         self._update(step, outcome)
         self.write()
 
     def so_far(self, step: int, outcome: str = RUNNING) -> list[dict[str, Any]]:
-        """All attempts, this one up to now."""
+        """All attempts, this one up to now, for a checkpoint: the last one with the run's patients."""
         self._update(step, outcome)
-        return [dict(attempt) for attempt in self.attempts]
+        attempts = [dict(attempt) for attempt in self.attempts]
+        if self.patients is not None:
+            attempts[-1][PATIENTS] = self.patients
+        return attempts
 
     def describe(self) -> dict[str, Any]:
         """The run, as plain values; the last attempt's command, versions and hardware stand for the run."""
@@ -152,6 +174,10 @@ class RunRecord:
     def _update(self, step: int, outcome: str) -> None:
         wall = round(time.monotonic() - self._start, 1)
         self.attempts[-1] |= {"to_step": step, "outcome": outcome, "wall_s": wall}
+
+
+def _without_patients(attempt: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attempt.items() if name != PATIENTS}
 
 
 def _names_a_path(setting: str) -> bool:

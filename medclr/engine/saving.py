@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ignite.engine import Engine, Events
 
-from medclr import distributed
+from medclr import distributed, keys
 from medclr.engine.record import RunRecord
 from medclr.errors import ConfigError
 from medclr.models import Encoder
 from medclr.weights import Manifest, save_encoder
 from medclr.weights.io import checked_path
+from medclr.weights.patients import joined
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class SaveEncoder:
         encoder: whose weights.
         manifest: what travels with them; optimizer steps and whole epochs done are filled in.
         interval: epochs between two saves; 0 saves at the end alone.
-        record: the run manifest, whose configuration, command, hardware and time go into the weights' manifest.
+        record: the run manifest, whose configuration, command, hardware, time and patients (as digests) go into the
+            weights' manifest.
 
     Raises:
         ConfigError: for a negative interval, or another suffix.
@@ -73,5 +75,12 @@ class SaveEncoder:
         steps = epochs * -(-engine.state.epoch_length // batches) + rest // batches
         done = dataclasses.replace(self.manifest, steps=steps, epochs=epochs)
         if self.record is not None:
-            done = dataclasses.replace(done, settings=self.record.settings(), run=self.record.for_weights())
+            seen = self.record.seen_patients() or {}
+            done = dataclasses.replace(
+                done,
+                settings=self.record.settings(),
+                run=self.record.for_weights(),
+                patient_digests=joined(done.patient_digests, seen.get(keys.TRAINING)),
+                validation_digests=joined(done.validation_digests, seen.get(keys.VALIDATION)),
+            )
         save_encoder(self.path, self.encoder, done)

@@ -5,6 +5,7 @@ from medclr.transfer.finetune import FreezeEncoder, checked_roi, initialise, sta
 from medclr.transfer.inferers import AutocastInferer, needs_scaler
 from medclr.transfer.sampler import ScanSampler
 from medclr.transfer.scans import SegmentationDataset
+from medclr.transfer.seen import check_unseen, seen_patients
 
 __all__ = [
     "AutocastInferer",
@@ -13,9 +14,11 @@ __all__ = [
     "ScanSampler",
     "SegmentationDataset",
     "Settings",
+    "check_unseen",
     "checked_roi",
     "initialise",
     "load_network",
     "needs_scaler",
+    "seen_patients",
     "start_from_prior",
 ]

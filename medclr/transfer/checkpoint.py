@@ -27,6 +27,8 @@ SETTINGS: Final = "settings"
 """Key of a checkpoint: the settings of :class:`Settings`."""
 RUN: Final = "run"
 """Key of a checkpoint, where :class:`SaveNetwork` was given a record: how the network was trained."""
+PATIENTS: Final = "patients"
+"""Key of a checkpoint, where :class:`SaveNetwork` was told: digests of the patients that the network knows."""
 DIGEST: Final = "digest"
 """Key of a checkpoint: the digest of all the rest."""
 
@@ -76,6 +78,8 @@ class SaveNetwork:
         settings: of the network and its scans.
         best: save where an evaluator finds the best metric so far, rather than at the end of training.
         record: called at each save, for plain values about the run that go into the file; None if there are none.
+        patients: called likewise, for digests of the patients that the network knows, by what they were to it
+            (:func:`medclr.transfer.seen_patients`); None, or a call that gives None, keeps none.
 
     Example:
         >>> SaveNetwork("models/last.pt", network, settings).attach(trainer)  # doctest: +SKIP
@@ -90,8 +94,10 @@ class SaveNetwork:
         best: bool = False,
         *,
         record: Callable[[], Mapping[str, Any]] | None = None,
+        patients: Callable[[], Mapping[str, Any] | None] | None = None,
     ) -> None:
         self.path, self.network, self.settings, self.best, self.record = Path(path), network, settings, best, record
+        self.patients = patients
 
     def attach(self, engine: Engine) -> None:
         """Follow the trainer to its end; or, for ``best``, one of MONAI's evaluators.
@@ -128,6 +134,9 @@ class SaveNetwork:
         about: dict[str, Any] = {SETTINGS: self.settings.state_dict()}
         if self.record is not None:
             about[RUN] = json.loads(json.dumps(self.record()))  # plain values, or the file could not be read back
+        patients = self.patients() if self.patients is not None else None
+        if patients is not None:
+            about[PATIENTS] = json.loads(json.dumps(patients))
         with replacing(self.path) as file:
             save_state({NETWORK: state, **about, DIGEST: digest(state, about)}, file)
         logger.info("%s is written", self.path.name)
@@ -156,8 +165,9 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
             wanted="a file that training wrote: best.pt (of validation) or last.pt",
             fix="Set output_dir to that of training, or checkpoint to the file; without validation there is last.pt.",
         )
-    state, settings = _read(path)
-    Settings(preprocessing, into).load_state_dict(settings)
+    content = _read(path)
+    state = content[NETWORK]
+    Settings(preprocessing, into).load_state_dict(content[SETTINGS])
     own = into.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [
         f"{name} {list(state[name].shape)} into {list(own[name].shape)}"
@@ -175,8 +185,29 @@ def load_network(path: str | Path, into: nn.Module, preprocessing: Preprocessing
     return into
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and settings of a file that is as it was written."""
+def is_network(path: Path) -> bool:
+    """Whether a file looks like one of :class:`SaveNetwork`, whole or not; an encoder's file does not."""
+    if path.suffix not in (".pt", ".pth"):
+        return False
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises many kinds; what reads it in earnest says what is wrong
+        return False
+    return isinstance(content, Mapping) and NETWORK in content and SETTINGS in content
+
+
+def patients_of_network(path: str | Path) -> dict[str, Any] | None:
+    """Digests of the patients that a checkpoint's network knows, as it was saved with them; None if it says nothing.
+
+    Raises:
+        WeightsError: for a file that is no such checkpoint, or is damaged.
+    """
+    patients = _read(Path(path)).get(PATIENTS)
+    return dict(patients) if patients is not None else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a file that is as it was written."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         reason = _foreign(content)
@@ -194,7 +225,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             wanted="the file as training wrote it",
             fix="Copy it again from where it was whole, or train again. A disk or a transfer has changed it.",
         )
-    return content[NETWORK], content[SETTINGS]
+    return dict(content)
 
 
 def _foreign(content: Any) -> str | None:
@@ -202,12 +233,13 @@ def _foreign(content: Any) -> str | None:
     if not isinstance(content, Mapping):
         return "not a dictionary"
     missing = [name for name in (NETWORK, SETTINGS, DIGEST) if name not in content]
-    if missing or not content.keys() <= {NETWORK, SETTINGS, RUN, DIGEST}:
+    if missing or not content.keys() <= {NETWORK, SETTINGS, RUN, PATIENTS, DIGEST}:
         return f"no {', no '.join(missing)}" if missing else "more than a segmentation run writes"
     state = content[NETWORK]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         return "a network of other things than tensors"
     plain = isinstance(content[SETTINGS], Mapping) and isinstance(content[DIGEST], str)
+    plain = plain and isinstance(content.get(PATIENTS, {}), Mapping)
     return None if plain else "settings or a digest of another kind"
 
 

@@ -1,6 +1,7 @@
 """The manifest: what an encoder's weights are, how they were made, and what they may be used for.
 
-It travels inside the weights file. It holds nothing that leads to a person: no patient ids, dates or paths.
+It travels inside the weights file. It holds no patient ids, dates or paths; of patients it holds digests, which lead to
+nobody where the ids are the pseudonyms of ``medclr index`` (see :mod:`medclr.weights.patients`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from medclr import keys
 from medclr.errors import ConfigError, WeightsError
+from medclr.weights.patients import checked_digests
 
 FORMAT_VERSION: Final = 1
 INTENDED_USE: Final = "Research use only, not a medical device."
@@ -24,6 +26,7 @@ LEFT_OUT: Final = "(left out)"
 """Stands in ``settings`` and ``run`` for a value that is, or may be, a path, a date, or a patient's."""
 
 _FILTERED: Final = ("settings", "run")
+_DIGESTS: Final = ("patient_digests", "validation_digests")
 _LONGEST_LIST: Final = 64
 _PRIVATE_TEXT: Final = re.compile(
     r"[\\/]|^~|\.(nii|gz|dcm|mha|nrrd|json|csv|tsv|h5|npy|npz|pt|pth|safetensors|ya?ml)$"
@@ -64,10 +67,13 @@ class Manifest:
         versions: of the packages.
         intended_use: one sentence.
         format_version: of this layout.
+        patient_digests: of all patients whose scans the run could train on, as
+            :func:`medclr.weights.patient_digests` gives them; sorted, and left out where the manifest is printed.
+        validation_digests: of the patients that the run looked at meanwhile, likewise.
         extra: fields that this version of medclr does not know; they survive reading and writing.
 
     Raises:
-        ConfigError: for an empty method or a negative count.
+        ConfigError: for an empty method, a negative count, or digests that are none.
 
     Example:
         >>> manifest = Manifest("SimCLR", crop_size=(32, 48, 32), steps=300)
@@ -94,6 +100,8 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=package_versions)
     intended_use: str = INTENDED_USE
     format_version: int = FORMAT_VERSION
+    patient_digests: list[str] | tuple[str, ...] | None = field(default=None, repr=False)
+    validation_digests: list[str] | tuple[str, ...] | None = field(default=None, repr=False)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,6 +118,8 @@ class Manifest:
                     wanted="a whole number >= 0",
                     fix=f"Set {name}.",
                 )
+        for name in _DIGESTS:
+            setattr(self, name, checked_digests(name, getattr(self, name)))
         # Plain JSON values from the start, so that what is read equals what was written.
         for item in fields(self):
             setattr(self, item.name, _plain(getattr(self, item.name), private=item.name in _FILTERED))
@@ -127,10 +137,16 @@ class Manifest:
         return [f"{name} {ours.get(name)} here, {theirs.get(name)} in pretraining" for name in names]
 
     def to_json(self, indent: int | None = None) -> str:
-        """As JSON text, unknown fields beside the known ones."""
+        """As JSON text, unknown fields beside the known ones; digests of patients last, each list on one line."""
         known = asdict(self)
         extra = known.pop("extra")
-        return json.dumps({**known, **extra, **known}, indent=indent, allow_nan=False)
+        digests = {name: known.pop(name) for name in _DIGESTS}
+        others = {name: value for name, value in extra.items() if name not in digests}
+        text = json.dumps({**known, **others, **known}, indent=indent, allow_nan=False)
+        # Thousands of lines of digests would hide all the rest from those who read the file.
+        start = ", " if indent is None else ",\n" + " " * indent
+        lists = "".join(f"{start}{json.dumps(name)}: {json.dumps(value)}" for name, value in digests.items())
+        return text[:-1].rstrip("\n") + lists + ("}" if indent is None else "\n}")
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

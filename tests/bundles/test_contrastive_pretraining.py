@@ -22,7 +22,7 @@ from medclr.data import read_datalist
 from medclr.engine import STOPPED_EXIT_CODE, CheckpointFolder
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
-from medclr.weights import encoder_state_dict, read_manifest
+from medclr.weights import encoder_state_dict, patient_digests, read_manifest
 from medclr.weights.manifest import LEFT_OUT
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "contrastive_pretraining"
@@ -99,6 +99,58 @@ def test_the_manifest_says_how_the_weights_were_made(trained: tuple[Path, Path])
     assert manifest.preprocessing is not None
     assert manifest.preprocessing["orientation"] == "RAS"
     assert manifest.datalist_digest
+
+
+def test_the_manifest_knows_the_patients_by_digests_and_the_run_does_not(trained: tuple[Path, Path]) -> None:
+    sections = read_datalist(trained[0])
+    manifest = read_manifest(trained[1] / "encoder.safetensors")
+    assert manifest.patient_digests == patient_digests(sections.training)
+    assert manifest.validation_digests == patient_digests(sections.validation)
+    assert len(manifest.patient_digests) == 3
+    assert manifest.patient_digests[0] not in (trained[1] / "run.json").read_text()
+
+
+def test_patients_of_before_a_forced_change_stay_in_the_manifest(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(trained[1], tmp_path / "output")
+    content = json.loads(trained[0].read_text())
+    new = {**content["training"][3], "patient_id": "new"}  # the only scan of its patient
+    other = trained[0].with_name("changed.json")
+    other.write_text(json.dumps({"training": [*content["training"][:3], new, *content["training"][4:]]}))
+    settings = {"datalist": str(other), "output_dir": str(tmp_path / "output"), "resume": "force", "val_interval": 0}
+    run = workflow(["train.yaml"], "train", **settings, max_epochs=3)
+    run.initialize()
+    run.run()
+    before, after = (read_manifest(folder / "encoder.safetensors") for folder in (trained[1], tmp_path / "output"))
+    assert set(after.patient_digests or ()) > set(before.patient_digests or ())
+    assert patient_digests([new])[0] in (after.patient_digests or ())
+    assert after.validation_digests == before.validation_digests, "they were looked at, though not by this attempt"
+
+
+def test_a_run_may_keep_its_patients_to_itself(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {"datalist": str(trained[0]), "output_dir": str(tmp_path), "val_interval": 0, "max_epochs": 1}
+    run = workflow(["train.yaml"], "train", record_patients=False, **settings)
+    run.initialize()
+    run.run()
+    manifest = read_manifest(tmp_path / "encoder.safetensors")
+    assert manifest.patient_digests is manifest.validation_digests is None
+
+
+def test_an_encoder_is_not_evaluated_on_its_training_patients_unless_a_key_allows_it(
+    trained: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = json.loads(trained[0].read_text())
+    leak = trained[0].with_name("leak.json")
+    leak.write_text(json.dumps({"test": [*content["training"][:1], *content["test"]]}))
+    settings = {"datalist": str(leak), "pretrained": str(trained[1] / "encoder.safetensors")}
+    settings["output_dir"] = str(tmp_path)
+    configs = ["train.yaml", "evaluate.yaml"]
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        workflow(configs, "train", **settings).initialize()
+    assert "1 of 3 patients, whom encoder.safetensors was pretrained on" in str(find_cause(caught.value))
+    for allowed in ({"allow_seen_patients": True}, {"untrained": True}):
+        caplog.clear()
+        workflow(configs, "train", **settings, **allowed).initialize()
+        assert any("were seen" in message for message in caplog.messages) == ("untrained" not in allowed)
 
 
 def test_the_checkpoint_holds_all_that_the_run_was(trained: tuple[Path, Path]) -> None:

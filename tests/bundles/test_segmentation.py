@@ -20,6 +20,7 @@ from medclr import Encoder, Manifest, load_encoder, save_encoder
 from medclr.data import Preprocessing, read_datalist
 from medclr.errors import MedclrError, find_cause
 from medclr.models import norm_argument
+from medclr.weights import patient_digests
 from tests.distributed.conftest import run_ranks as run_ranks
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation"
@@ -102,7 +103,7 @@ def trained(datalist: Path, pretrained: Path, tmp_path_factory: pytest.TempPathF
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"network", "settings", "run", "digest"}
+    assert set(content) == {"network", "settings", "run", "patients", "digest"}
     return content["network"]
 
 
@@ -124,6 +125,57 @@ def test_the_run_and_its_networks_say_with_what_they_were_made(trained: Path, da
     about = torch.load(trained / "last.pt", weights_only=True)["run"]
     assert about["hardware"]["cores"]
     assert str(datalist) not in json.dumps(about)
+
+
+def with_test_patients(datalist: Path, name: str, patients: list[str]) -> Path:
+    """The same scans, but for the patients that those of the test section are said to be of."""
+    content = json.loads(datalist.read_text())
+    training = [row for row in content["training"] if row["patient_id"] not in patients]
+    test = [{**row, "patient_id": patient} for row, patient in zip(content["test"], patients, strict=True)]
+    path = datalist.with_name(name)
+    path.write_text(json.dumps({"training": training, "test": test}))
+    return path
+
+
+def test_the_networks_know_their_patients_by_digests_and_the_run_does_not(trained: Path, datalist: Path) -> None:
+    sections = read_datalist(datalist)
+    seen = torch.load(trained / "best.pt", weights_only=True)["patients"]
+    assert seen["training"] == patient_digests(sections.training)
+    assert seen["validation"] == patient_digests(sections.validation)
+    assert seen["pretraining"] is None, "the fixture's encoder does not say"
+    assert seen["training"][0] not in (trained / "run.json").read_text()
+
+
+def test_a_network_is_not_evaluated_on_its_training_patients_unless_a_key_allows_it(
+    trained: Path, datalist: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leak = with_test_patients(datalist, "leak.json", ["patient 0", "test 1"])
+    settings = {"datalist": str(leak), "checkpoint": str(trained / "best.pt"), "output_dir": str(tmp_path)}
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run(["train.yaml", "evaluate.yaml"], "train", **settings)
+    message = str(find_cause(caught.value))
+    assert "1 of 2 patients, whom best.pt was fine-tuned on" in message
+    assert "patient 0" not in message
+    assert not (tmp_path / "dice_test.csv").exists()
+    run(["train.yaml", "evaluate.yaml"], "train", **settings, allow_seen_patients=True)
+    assert "1 of 2 patients of test were seen: best.pt was fine-tuned on them" in caplog.messages
+    assert (tmp_path / "dice_test.csv").exists()
+
+
+@pytest.mark.parametrize("configs", [["train.yaml"], ["train.yaml", "evaluate.yaml", "train_evaluate.yaml"]])
+def test_no_training_starts_from_an_encoder_that_knows_its_test_patients(
+    configs: list[str], datalist: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(SegResNet(init_filters=8, norm=norm_argument("group")))
+    load_encoder(pretrained, into=encoder, quiet=True)
+    weights = tmp_path / "encoder.safetensors"
+    digests = patient_digests([{"patient_id": "test 1"}, {"patient_id": "patient 0"}])
+    save_encoder(weights, encoder, Manifest("SimCLR", patient_digests=digests))
+    monkeypatch.setattr("medclr.data.Preprocessing.volume", lambda *values: pytest.fail("a scan was read"))
+    settings = {"datalist": str(datalist), "output_dir": str(tmp_path / "output"), "pretrained": str(weights)}
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # MONAI wraps it in an error of its own
+        run(configs, "train", **settings)
+    assert "1 of 2 patients, whom encoder.safetensors was pretrained on" in str(find_cause(caught.value))
 
 
 def test_a_complete_training_is_not_run_again_and_another_one_in_its_place_is_refused(

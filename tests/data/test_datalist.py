@@ -32,7 +32,7 @@ def row(image: Any, patient: Any = "P1", **columns: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz", "sub/d.nii", "labels/a.nii.gz")
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz", "sub/d.nii", "labels/a.nii.gz", "e.nii.gz")
     return tmp_path
 
 
@@ -337,6 +337,65 @@ def test_what_json_cannot_hold_is_not_written(folder: Path) -> None:
 def test_a_datalist_built_by_hand_is_checked(sections: dict[str, Any]) -> None:
     with pytest.raises(DatalistError):
         Datalist(sections, Path("/x"))
+
+
+ROWS_WITH_REPEATS = [
+    ("a.nii.gz", "P1", 1),
+    ("b.nii.gz", "P1", 2),
+    ("c.nii.gz", "P2", 3),
+    ("labels/a.nii.gz", "P3", 4),
+    ("sub/d.nii", "P1", 1),
+    ("e.nii.gz", "P4", 4),
+]
+
+
+@pytest.mark.parametrize("patient", ["P1", "P2"])
+@pytest.mark.parametrize(
+    ("images", "contents"),
+    [
+        (["a.nii.gz", "b.nii.gz"], ["vox-secret", "vox-secret"]),
+        ([["a.nii.gz", None], ["b.nii.gz", "c.nii.gz"]], [["vox-secret", None], ["vox-other", "vox-secret"]]),
+    ],
+)
+def test_the_same_voxels_in_two_sections_are_refused_whoever_they_are_of(
+    images: list[Any], contents: list[Any], patient: str
+) -> None:
+    sections = {
+        "training": [row("/x/z.nii.gz", "P0", content="vox-mine"), row(images[0], "P1", content=contents[0])],
+        "test": [row(images[1], patient, content=contents[1])],
+    }
+    with pytest.raises(DatalistError) as caught:
+        Datalist(sections, Path("/x"))
+    if patient == "P2":
+        assert "test[0], key 'content': the same scan is in two sections" in str(caught.value)
+        assert "training[1]" in str(caught.value.got)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_leaks_voxels_is_refused_also_where_one_section_is_wanted(folder: Path) -> None:
+    leak = [row("b.nii.gz", "P2", content="vox-1")]
+    path = put(folder / "list.json", training=[row("a.nii.gz", content="vox-1")], validation=leak)
+    for sections in (None, ["training"]):
+        with pytest.raises(DatalistError, match="two sections"):
+            read_datalist(path, sections=sections)
+
+
+def test_rows_without_a_content_are_no_duplicates(folder: Path) -> None:
+    rows = [row("a.nii.gz"), row("b.nii.gz", content=None)]
+    path = put(folder / "list.json", training=rows, test=[row("c.nii.gz", "P2", content=None)])
+    assert len(read_datalist(path).training) == 2
+
+
+def test_the_same_voxels_twice_in_a_section_are_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row(name, patient, content=f"vox-{content}") for name, patient, content in ROWS_WITH_REPEATS]
+    read_datalist(put(folder / "list.json", training=rows[:2], test=rows[2:4]))
+    assert caplog.messages == []
+    read_datalist(put(folder / "list.json", training=rows))
+    (message,) = caplog.messages
+    assert message.startswith(
+        "training: 2 scan(s) are in it twice or more, with the same voxels; 1 of them under several"
+    )
+    assert "vox" not in message.replace("voxels", "")
 
 
 def test_rows_outside_the_root_are_not_written(folder: Path) -> None:

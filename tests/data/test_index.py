@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 
 from medclr.data.datalist import read_datalist
-from medclr.data.index import IndexResult, index
+from medclr.data.index import IndexResult
+from medclr.data.index import index as index_folder
 from medclr.data.nifti import Probe
 from medclr.data.splits import split_datalist
-from medclr.data.walk import NIFTI, Source, probe_all, walk
+from medclr.data.walk import Source, walk
 from medclr.errors import ConfigError, DatalistError, ScanError
+
+index = partial(index_folder, keep_ids=True)
 
 
 def save(path: Path, seed: int = 0, shape: tuple[int, ...] = (4, 5, 6), shift: float = 0, value: Any = None) -> None:
@@ -26,6 +31,13 @@ def save(path: Path, seed: int = 0, shape: tuple[int, ...] = (4, 5, 6), shift: f
     affine[0, 3] = shift
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(data, affine), path)
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The private folder, away from the user's."""
+    monkeypatch.setenv("MEDCLR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -51,7 +63,11 @@ def images(result: IndexResult) -> list[str]:
 def test_a_decathlon_folder_becomes_a_datalist(decathlon: Path) -> None:
     result = index(decathlon, patients="{patient}_{study}.nii.gz", workers=1)
     assert result.quarantine == []
-    assert result.datalist.training == [
+    rows = result.datalist.training
+    contents = [row.pop("content") for row in rows]
+    assert len(set(contents)) == 4
+    assert all(re.fullmatch(r"vox-\w{16,}", content) for content in contents)
+    assert rows == [
         {
             "image": str(decathlon / f"imagesTr/{patient}_{study}.nii.gz"),
             **(
@@ -64,8 +80,9 @@ def test_a_decathlon_folder_becomes_a_datalist(decathlon: Path) -> None:
         }
         for patient, study in [("a", "1"), ("a", "2"), ("b", "1"), ("c", "1")]
     ]
-    assert result.summary == {
+    wanted = {
         "patients": 3,
+        "studies": 4,
         "scans": 4,
         "labelled": 2,
         "scans_per_patient": {1: 2, 2: 1},
@@ -77,7 +94,11 @@ def test_a_decathlon_folder_becomes_a_datalist(decathlon: Path) -> None:
         "left_out": 0,
         "unused_table_rows": 0,
         "without_table_row": 0,
+        "volume_files": 6,
+        "dicom_files": 0,
+        "conflicts": {},
     }
+    assert {key: result.summary[key] for key in wanted} == wanted
 
 
 def test_what_is_written_reads_back(decathlon: Path, tmp_path: Path) -> None:
@@ -197,6 +218,19 @@ def test_images_limits_what_is_indexed_and_counts_the_rest(decathlon: Path) -> N
     assert reasons(result) == {"labelsTr/b_1.nii.gz": "The label belongs to no image."}
 
 
+def test_a_name_in_a_nifti_header_is_hidden_in_its_path(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    fields = {"db_name": b"QUUX", "descrip": b"Quux^Zelda", "aux_file": b"zelda^quux"}
+    for seed, (field, text) in enumerate(fields.items()):
+        image = nibabel.Nifti1Image(np.random.default_rng(seed).integers(0, 9, (4, 5, 6)).astype(np.int16), None)
+        image.header[field] = text
+        (root / f"zelda_quux_{field}").mkdir(parents=True)
+        nibabel.save(image, root / f"zelda_quux_{field}" / "P1.nii.gz")
+    result = index_folder(root, patients="{patient}.nii.gz", workers=1)
+    assert len(images(result)) == 3
+    assert not any("quux" in path for path in images(result))
+
+
 def test_a_label_template_finds_labels_beside_images_and_shared_ones(tmp_path: Path) -> None:
     for n, name in enumerate(["P1/T1", "P1/T2", "P2/T1"]):
         save(tmp_path / f"{name}.nii.gz", n)
@@ -213,7 +247,9 @@ def test_columns_of_tables_reach_the_rows(decathlon: Path, tmp_path: Path) -> No
     volumes = tmp_path / "volumes.csv"
     volumes.write_text("scan,patient,Site,score\na_1,P1,x,1\na_2,P1,,2\nb_1,P2,y,n/a\nc_1,P3,x,3\nd_1,P4,x,3\n")
     result = index(decathlon, patients=volumes, workers=1)
-    kept = [{k: v for k, v in row.items() if k not in ("image", "label")} for row in result.datalist.training]
+    kept = [
+        {k: v for k, v in row.items() if k not in ("image", "label", "content")} for row in result.datalist.training
+    ]
     assert kept == [
         {"patient_id": "P1", "site": "x", "score": 1},
         {"patient_id": "P1", "score": 2},
@@ -257,12 +293,17 @@ def test_another_format_is_one_source(tmp_path: Path) -> None:
 
 
 def die(path: Path, *, check_voxels: bool = True, is_label: bool = False) -> Probe:
-    os._exit(1)
+    if path.read_text() == "bad":
+        os._exit(1)
+    return probe_text(path, check_voxels=check_voxels, is_label=is_label)
 
 
-def test_a_killed_process_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ScanError, match="killed"):
-        probe_all(tmp_path, [("a", False), ("b", False)], source=Source(find_text, die), workers=2)
+def test_a_file_that_kills_its_process_costs_that_file_alone(tmp_path: Path) -> None:
+    for number, text in enumerate(["x", "bad", *"abcdefgh"]):
+        (tmp_path / f"P{number}_a.scan").write_text(text)
+    result = index(tmp_path, patients="{patient}_*", source=Source(find_text, die), workers=2)
+    assert len(images(result)) == 9
+    assert reasons(result) == {"P1_a.scan": "The process that read the file was killed."}
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -270,7 +311,8 @@ def test_a_folder_that_cannot_be_read_is_reported(decathlon: Path) -> None:
     closed = decathlon / "closed"
     closed.mkdir(mode=0)
     try:
-        assert walk(decathlon, NIFTI).rejected["closed"].problem == "The folder cannot be read."
+        refused = {found.path: found.refused.problem for found in walk(decathlon) if found.refused}
+        assert refused == {"closed": "The folder cannot be read."}
     finally:
         closed.chmod(0o700)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from medclr.data.index_content import content_of
 from medclr.data.nifti import find_nifti, probe_nifti, stem_of
 from medclr.errors import ScanError
 
@@ -60,9 +60,12 @@ def test_axes_of_length_1_at_the_end_are_dropped(path: Path) -> None:
 def test_the_digest_is_that_of_the_voxels(tmp_path: Path) -> None:
     data = voxels()
     probe = probe_nifti(save(tmp_path / "a.nii", data))
-    reference = hashlib.sha256(f"{SHAPE} {data.dtype.str} 1.0 0.0".encode() + data.tobytes(order="F")).hexdigest()
+    reference = content_of(data, np.diag([1.0, 2.0, 3.0, 1.0]))
     assert probe.digest == reference
-    assert probe_nifti(save(tmp_path / "b.nii.gz", data, np.eye(4))).digest == reference
+    assert probe_nifti(save(tmp_path / "b.nii.gz", data.astype(np.float64), np.eye(4))).digest == reference
+    turned = np.ascontiguousarray(data.transpose(2, 0, 1)[::-1])
+    affine = np.array([[0, 1.0, 0, 0], [0, 0, 1, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
+    assert probe_nifti(save(tmp_path / "d.nii.gz", turned, affine)).digest == reference
     data[-1, -1, -1] += 1
     assert probe_nifti(save(tmp_path / "c.nii", data)).digest != reference
 

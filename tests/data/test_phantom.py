@@ -204,7 +204,7 @@ def test_a_cohort_is_indexed_as_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "cohort"
     volumes = make_cohort(folder, patients=6, spacing=(0.8, 0.8, 2.0), shape=(40, 40, 16), snps=3)
     assert volumes == folder / "volumes.csv"
-    result = index(folder, patients=volumes, workers=1)
+    result = index(folder, patients=volumes, workers=1, keep_ids=True)
     assert result.quarantine == []
     summary = result.summary
     assert summary["patients"] == 6

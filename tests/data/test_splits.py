@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -198,19 +200,119 @@ def test_a_patients_value_is_the_first_that_is_known() -> None:
         assert Counter(row["sex"] for row in training if row["sex"]) == {"F": 5, "M": 5}
 
 
-def test_a_stratum_of_one_is_refused_except_where_it_does_no_harm() -> None:
+def merged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "were merged" in message]
+
+
+def test_a_rare_site_is_merged_and_said_without_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of(list(range(26)), site=["a"] * 20 + ["rare 1", "rare 2", "rare 3"] * 2)
+    with caplog.at_level(logging.INFO):
+        made = split_patients(rows, fractions=(0.5, 0.5), seed=0, stratify="site")
+    assert merged(caplog) == []
+    for part in made.values():  # two of each, and one in each section
+        assert Counter(row["site"] for row in part) == {"a": 10, "rare 1": 1, "rare 2": 1, "rare 3": 1}
+    with caplog.at_level(logging.INFO):
+        made = split_patients(rows, fractions=(0.5, 0.25, 0.25), seed=0, stratify="site")
+    (message,) = merged(caplog)
+    assert "3 of 4 strata have fewer than 3 patients (6 patients in all)" in message
+    assert "rare 1" not in message
+    assert 2 <= sum(row["site"] != "a" for row in made["training"]) <= 4
+
+
+def test_rare_strata_are_merged_over_the_last_column_first() -> None:
+    # Of each class 40 patients, of whom 20 come from one site and 20 from a site each.
+    sites = [*["big"] * 20, *(f"small {n}" for n in range(20))] * 2
+    rows = rows_of(list(range(80)), diagnosis=[0] * 40 + [1] * 40, site=sites)
+    for seed in range(10):
+        made = split_patients(rows, fractions=(0.5, 0.25, 0.25), seed=seed, stratify=["diagnosis", "site"])
+        for part in made.values():
+            cells = Counter((row["diagnosis"], row["site"] == "big") for row in part)
+            assert max(cells.values()) - min(cells.values()) <= 2, (
+                "the classes stay apart although their sites are rare"
+            )
+
+
+def test_every_patient_is_in_a_split_whose_strata_are_all_rare(caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of(list(range(20)), site=[n // 2 for n in range(20)])
+    folds = k_folds(rows, 3, 0, "site")
+    assert sorted(place for _, validation in folds for place in places(validation)) == sorted(places(rows))
+    assert len(merged(caplog)) == 1
+    made = split_patients(rows_of(list(range(9)), site=[*range(8), 0]), seed=0, stratify="site")
+    assert sum(map(len, made.values())) == 9
+
+
+def test_a_rest_that_stays_rare_falls_anywhere_and_breaks_no_folds() -> None:
     rows = rows_of(list(range(20)), site=["a"] * 19 + ["b"])
-    with pytest.raises(DatalistError, match="one patient only"):
-        split_patients(rows, seed=0, stratify="site")
-    with pytest.raises(DatalistError, match="one patient only"):
-        k_folds(rows, 3, 0, "site")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folds = k_folds(rows, 3, 0, "site")
+    assert [len(validation) for _, validation in folds].count(7) == 2
+    test = [bool(split_patients(rows, seed=seed, stratify="site")["test"][-1]["site"] == "b") for seed in range(60)]
+    assert 0 < sum(test) < 30
     assert len(nested_fractions(rows, [20], 0, stratify="site")[0]) == 20
 
 
-def test_more_folds_than_the_largest_stratum_are_refused() -> None:
-    rows = rows_of(list(range(20)), site=[n // 2 for n in range(20)])
-    with pytest.raises(DatalistError, match="folds"):
-        k_folds(rows, 3, 0, "site")
+def test_a_mask_counts_as_labelled_whatever_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    labels: list[Any] = [f"/x/mask_{n}.nii.gz" if n % 4 == 0 else None for n in range(40)]
+    for seed in range(5):
+        made = split_patients(rows_of(list(range(40)), label=labels), fractions=(0.5, 0.5), seed=seed, stratify="label")
+        assert [sum(row["label"] is not None for row in part) for part in made.values()] == [5, 5]
+    assert merged(caplog) == [], "ten masks are one value"
+
+
+@pytest.mark.parametrize("folds", [None, 4])
+def test_a_split_is_by_class_and_site_where_nothing_is_asked_for(folds: int | None) -> None:
+    rows = rows_of(list(range(80)), label=[0, 1] * 40, site=["a", "a", "b", "b"] * 20, scanner=list("wxyz") * 20)
+    given = Datalist({"training": rows}, Path("/x"))
+    fractions = None if folds else (0.5, 0.25, 0.25)
+    for seed in range(5):
+        made = make_splits(given, fractions=fractions, folds=folds, seed=seed)
+        assert made == make_splits(given, fractions=fractions, folds=folds, seed=seed, stratify=["label", "site"])
+        for part in made.values():
+            assert part.extra["split"]["stratify"] == ["label", "site"]  # type: ignore[index]
+            assert set(Counter((row["label"], row["site"]) for row in part.validation).values()) == {5}
+
+
+def test_a_split_by_default_spreads_the_few_that_have_a_mask() -> None:
+    given = Datalist({"training": rows_of(list(range(40)), label=["/x/m.nii"] * 8 + [None] * 32)}, Path("/x"))
+    for seed in range(5):
+        made = make_splits(given, fractions=(0.5, 0.25, 0.25), seed=seed)[""]
+        assert [counts["labelled"] for counts in made.summary().values()] == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"site": ["a"] * 40}, {"label": ["/x/m.nii"] * 40, "scanner": list("abcd") * 10}]
+)
+@pytest.mark.parametrize("settings", [{}, {"folds": 5}, {"fractions": (0.6, 0.4), "labelled": [3]}])
+def test_where_patients_do_not_differ_the_split_is_the_plain_one(columns: Any, settings: Any) -> None:
+    rows = rows_of(list(range(40)), **{"label": ["/x/m.nii"] * 40, **columns})
+    given = Datalist({"training": rows}, Path("/x"))
+    for stratify in ("none", ["none"], []):
+        assert make_splits(given, seed=3, stratify=stratify, **settings) == make_splits(given, seed=3, **settings)
+    if not settings:
+        assert make_splits(given, seed=3)[""].sections == split_patients(rows, seed=3)
+
+
+def test_none_is_a_plain_split_also_where_patients_differ() -> None:
+    rows = rows_of(list(range(40)), site=list("ab") * 20)
+    given = Datalist({"training": rows}, Path("/x"))
+    assert make_splits(given, seed=3, stratify=["none"])[""].sections == split_patients(rows, seed=3)
+    assert make_splits(given, seed=3)[""].sections != split_patients(rows, seed=3)
+
+
+@pytest.mark.parametrize("contents", [["vox-1", "vox-1"], [["vox-1", None], [None, "vox-1"]]])
+def test_the_same_voxels_under_two_patients_are_not_split(contents: list[Any]) -> None:
+    rows = rows_of(list(range(20)), content=[None] * 18 + contents)
+    for split in (lambda: split_patients(rows, seed=0), lambda: k_folds(rows, 3, 0)):
+        with pytest.raises(DatalistError, match="Two patients have a scan with the same voxels") as caught:
+            split()
+        assert "1 such scan" in str(caught.value.got)
+        assert "vox-1" not in str(caught.value)
+
+
+def test_the_same_voxels_of_one_patient_stay_together() -> None:
+    rows = rows_of([n // 2 for n in range(40)], content=[f"vox-{n // 2}" for n in range(40)])
+    assert sum(map(len, split_patients(rows, seed=0).values())) == 40
 
 
 @pytest.mark.parametrize("column", ["nix", "image", "empty"])

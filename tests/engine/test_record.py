@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medclr.engine import RunRecord
-from medclr.engine.record import commit_of, hardware
+from medclr.engine.record import PATIENTS, commit_of, hardware
 from medclr.weights import Manifest
 
 
@@ -49,6 +49,32 @@ def test_attempts_add_up(tmp_path: Path) -> None:
     assert [attempt["to_step"] for attempt in content["attempts"]] == [7, 9]
     assert content["wall_s"] == pytest.approx(sum(attempt["wall_s"] for attempt in content["attempts"]), abs=0.1)
     assert second.for_weights()["attempts"] == 2
+
+
+def test_patients_of_all_attempts_are_kept_and_stand_in_the_checkpoint_alone(tmp_path: Path) -> None:
+    a, b, c = ("a" * 16, "b" * 16, "c" * 16)
+    first = RunRecord(tmp_path / "run.json", patients={"training": [b], "validation": None})
+    first.start({}, step=0)
+    earlier = json.loads(json.dumps(first.so_far(7)))
+    second = RunRecord(tmp_path / "run.json", patients={"training": [a, b], "validation": [c]})
+    second.start({}, step=7, earlier=earlier)
+    assert second.seen_patients() == {"training": [a, b], "validation": [c]}
+    third = RunRecord(tmp_path / "run.json", patients={"training": [c], "validation": None})
+    third.start({}, step=9, earlier=second.so_far(9))
+    third.end(11, "completed")
+    assert third.seen_patients() == {"training": [a, b, c], "validation": [c]}
+    assert a not in (tmp_path / "run.json").read_text()
+    assert [PATIENTS in attempt for attempt in third.so_far(11)] == [False, False, True]
+    assert a not in json.dumps(third.for_weights())
+
+
+def test_a_run_that_records_no_patients_keeps_none_of_earlier_attempts() -> None:
+    first = RunRecord(None, patients={"training": ["a" * 16]})
+    first.start({}, step=0)
+    second = RunRecord(None)
+    second.start({}, step=7, earlier=first.so_far(7))
+    assert second.seen_patients() is None
+    assert "a" * 16 not in json.dumps(second.so_far(8))
 
 
 def test_what_goes_with_the_weights_holds_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

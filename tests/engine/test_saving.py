@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from monai.engines import SupervisedTrainer
 from monai.networks.nets import SegResNet
 from torch import nn
 
-from medclr.engine import SaveEncoder
+from medclr.engine import RunRecord, SaveEncoder
 from medclr.errors import ConfigError, WeightsError
 from medclr.models import Encoder
 from medclr.weights import Manifest, encoder_state_dict, load_encoder, read_manifest
@@ -67,6 +68,16 @@ def test_the_file_can_be_loaded_into_another_network(tmp_path: Path) -> None:
     load_encoder(path, into=target, quiet=True)
     image = torch.randn(1, 1, 8, 8, 8)
     assert torch.equal(encoder(image), Encoder(target)(image))
+
+
+def test_the_patients_of_the_record_travel_along(tmp_path: Path) -> None:
+    path, mine, theirs = tmp_path / "encoder.safetensors", "a" * 16, "b" * 16
+    record = RunRecord(None, patients={"training": [theirs], "validation": []})
+    record.start({}, step=0)
+    manifest = dataclasses.replace(MANIFEST, patient_digests=[mine])
+    engine_of(SaveEncoder(path, encoder_of(), manifest, record=record)).run([0], max_epochs=1)
+    assert read_manifest(path).patient_digests == [mine, theirs]
+    assert read_manifest(path).validation_digests == []
 
 
 @pytest.mark.parametrize(

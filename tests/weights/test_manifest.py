@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from monai.networks.nets import SegResNet
 
 from medclr.errors import ConfigError, WeightsError
-from medclr.weights import Manifest
+from medclr.models import Encoder
+from medclr.weights import Manifest, load_encoder, patient_digest, patient_digests, read_manifest, save_encoder
 from medclr.weights.manifest import FORMAT_VERSION, INTENDED_USE, LEFT_OUT
+from medclr.weights.patients import _warn_of_plain_ids
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(),
@@ -141,3 +147,78 @@ def test_a_manifest_of_a_newer_layout_is_refused() -> None:
     content = {**json.loads(full().to_json()), "format_version": FORMAT_VERSION + 1}
     with pytest.raises(WeightsError, match="newer medclr"):
         Manifest.from_json(json.dumps(content))
+
+
+def test_digests_are_of_patients_and_not_of_rows() -> None:
+    rows = [{"image": f"{n}.nii", "patient_id": f"pat-{n // 2:016}"} for n in range(20)]
+    digests = patient_digests(rows)
+    assert len(digests) == 10
+    assert digests == sorted(patient_digest(row["patient_id"]) for row in rows[::2])
+    assert digests == patient_digests(rows[::-1])
+    expected = hashlib.sha256(b"medclr patient\npat-0000000000000003").hexdigest()[:16]
+    assert patient_digest("pat-0000000000000003") == expected, "as it is written in files that exist"
+
+
+def test_ids_that_are_no_pseudonyms_are_warned_of_once_and_without_them(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_plain_ids.cache_clear()
+    patient_digests([{"patient_id": "pat-abcdefgh23456777"}])
+    assert caplog.messages == []
+    for _ in range(2):
+        patient_digests([{"patient_id": "pat-abcdefgh23456777"}, {"patient_id": "40017"}])
+    (message,) = caplog.messages
+    assert "no" in message
+    assert "record_patients" in message
+    assert "40017" not in message
+
+
+def many(count: int) -> list[str]:
+    return patient_digests([{"patient_id": f"pat-{n:016}"} for n in range(count)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 65, 10_000])
+def test_digests_of_any_number_of_patients_survive_and_are_out_of_the_way(count: int) -> None:
+    digests = many(count)
+    manifest = dataclasses.replace(full(), patient_digests=digests, validation_digests=digests[:3], extra={"x": [1]})
+    for indent in (None, 2):
+        text = manifest.to_json(indent=indent)
+        assert Manifest.from_json(text) == manifest
+        assert json.loads(text)["patient_digests"] == digests
+    assert len(text) < 5000 + 21 * count
+    assert [line[:20] for line in text.splitlines()[-3:]] == [
+        '  "patient_digests":'[:20],
+        '  "validation_digests'[:20],
+        "}",
+    ]
+    assert len(text.splitlines()) < 120
+    assert len(repr(manifest)) < 3000
+
+
+def test_digests_are_sorted_and_each_is_there_once() -> None:
+    assert Manifest("SimCLR", patient_digests=[*many(3), *many(5)][::-1]).patient_digests == many(5)
+
+
+def test_a_manifest_of_before_patients_were_recorded_does_not_know_them() -> None:
+    content = json.loads(full().to_json())
+    del content["patient_digests"], content["validation_digests"]
+    manifest = Manifest.from_json(json.dumps(content))
+    assert manifest.patient_digests is manifest.validation_digests is None
+
+
+@pytest.mark.parametrize("value", [["P-007"], "P-007", ["ab" * 8, 7], ["AB" * 8], ["ab" * 9], 3])
+@pytest.mark.parametrize("name", ["patient_digests", "validation_digests"])
+def test_ids_do_not_pass_as_digests_and_are_not_said(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        Manifest("SimCLR", **{name: value})
+    assert "007" not in str(caught.value)
+
+
+def test_ten_thousand_patients_fit_the_header_of_a_weights_file(tmp_path: Path) -> None:
+    encoder = Encoder(SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), norm="instance"))
+    sizes = []
+    for digests in (None, many(10_000)):
+        path = tmp_path / "encoder.safetensors"
+        save_encoder(path, encoder, Manifest("SimCLR", patient_digests=digests))
+        assert read_manifest(path).patient_digests == digests
+        sizes.append(path.stat().st_size)
+    assert sizes[1] - sizes[0] < 30 * 10_000
+    assert load_encoder(path, into=encoder, quiet=True).complete

@@ -134,7 +134,11 @@ def split_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Any whole number.")] = 0,
     stratify: Annotated[
-        str | None, typer.Option(help="Spread the values of these columns evenly, e.g. sex,age.")
+        str | None,
+        typer.Option(
+            help="Spread the values of these columns evenly, the most important first, e.g. sex,age; label and site if "
+            "left out, `none` for a plain split. Rare combinations are merged."
+        ),
     ] = None,
     dataset_dir: Annotated[Path | None, typer.Option("--dataset_dir", help="Where the scans lie, if moved.")] = None,
 ) -> None:

@@ -140,7 +140,9 @@ def embedded(encoder: torch.nn.Module, size: Sequence[int], scans: Scans) -> Tab
 
 def probes(train: Table, seen: Scans, test: Table, unseen: Scans) -> dict[str, float]:
     """What a linear probe reads on unseen patients: R2 of numbers, balanced accuracy of classes (chance is 1 / K)."""
-    found = {"quantisation step, R2": _regress(train, seen.steps, test, unseen.steps)}
+    found = {}
+    if np.ptp(seen.steps) > 0:
+        found["quantisation step, R2"] = _regress(train, seen.steps, test, unseen.steps)
     for column in (keys.SCANNER, keys.SITE, "dtype", keys.AGE, "severity"):
         known = [[row.get(column) for row in scans.rows] for scans in (seen, unseen)]
         kept = [[at for at, value in enumerate(values) if value is not None] for values in known]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from medclr import keys
+from medclr.data.privacy import described
 from medclr.data.rows import Row
 from medclr.errors import ConfigError
 
@@ -68,7 +69,7 @@ def typed(cells: Sequence[Cells]) -> list[Row]:
         elif column in _NUMERIC:
             raise ConfigError(
                 f"The column {column!r} holds something else than numbers.",
-                got=repr(wrong),
+                got=described(wrong),
                 wanted=f"numbers, or one of {', '.join(map(repr, MISSING))}",
                 fix="Clean the column, or give it another name.",
             )

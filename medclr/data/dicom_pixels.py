@@ -18,7 +18,7 @@ from pydicom.uid import UID
 
 from medclr.data.dicom_bounds import cut_short, quiet, refused
 from medclr.data.dicom_header import FLOAT_PIXELS, DicomHeader
-from medclr.data.dicom_parse import BIG_ENDIAN, Parsed
+from medclr.data.dicom_parse import BIG_ENDIAN
 from medclr.errors import ScanError
 
 MOST_PIXELS: Final = 1 << 26
@@ -34,14 +34,15 @@ class Pixels:
 
     Args:
         path: the file.
-        header, parsed: what :func:`medclr.data.dicom_header.read_parsed` found.
+        header: what :func:`medclr.data.dicom_header.read_header` found.
+        inflated: the data set, where the file holds it deflated.
 
     Raises:
         ScanError: the pixels are damaged, cut short, or compressed in a way that nothing installed can decode.
     """
 
-    def __init__(self, path: Path, header: DicomHeader, parsed: Parsed) -> None:
-        self.path, self.header, self.inflated = path, header, parsed.inflated
+    def __init__(self, path: Path, header: DicomHeader, inflated: bytes | None) -> None:
+        self.path, self.header, self.inflated = path, header, inflated
         self.frames: list[bytes] | None = None
         if header.pixels is not None and header.pixels.encapsulated:
             self.frames = self._fragments()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medclr.data.dicom_bounds import refused
 from medclr.data.dicom_geometry import TO_RAS, sheared
 from medclr.data.dicom_header import DicomHeader, NotDicom, read_parsed
+from medclr.data.dicom_parse import DEFLATED
 from medclr.data.dicom_pixels import Pixels, rescaled, tile
 from medclr.data.dicom_stored import SeriesVolume, bad_series_file
 from medclr.data.privacy_map import has_reference, locate
@@ -29,7 +30,9 @@ LARGEST_SERIES_FILE: Final = 1 << 26
 _TOLERANCE_MM = 0.05
 
 
-def read_volume(volume: SeriesVolume, locate: Callable[[str], Path | str]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def read_volume(
+    volume: SeriesVolume, locate: Callable[[str], Path | str], headers: Mapping[str, DicomHeader] | None = None
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Voxels (X, Y, Z) as ``int16`` or ``float32``, and the affine (4, 4) to millimetres (RAS+).
 
     Each file's header is looked at again: a slice that is no longer what was indexed is refused.
@@ -37,6 +40,7 @@ def read_volume(volume: SeriesVolume, locate: Callable[[str], Path | str]) -> tu
     Args:
         volume: its slices in order.
         locate: from a slice's path to the file.
+        headers: by path, those that were read just now, and need not be read again.
 
     Raises:
         ScanError: a slice is missing, damaged, or has changed.
@@ -48,11 +52,14 @@ def read_volume(volume: SeriesVolume, locate: Callable[[str], Path | str]) -> tu
     stack: list[NDArray[Any]] | None = [np.empty((0, 0))] * volume.shape[2] if volume.shift != (0.0, 0.0) else None
     for path, places in wanted.items():
         file = Path(locate(path))
-        try:
-            header, parsed = read_parsed(file, path, private=False)
-        except NotDicom:
-            raise _changed("another kind of file") from None
-        pixels = Pixels(file, header, parsed)
+        header, inflated = (headers or {}).get(path), None
+        if header is None or header.syntax == DEFLATED:
+            try:
+                header, parsed = read_parsed(file, path, private=False)
+            except NotDicom:
+                raise _changed("another kind of file") from None
+            inflated = parsed.inflated
+        pixels = Pixels(file, header, inflated)
         whole = pixels.frame(0) if volume.side else None
         for z, place in places:
             _check(volume, header, z, place)

@@ -44,6 +44,7 @@ from medclr.data.patients import Identify
 from medclr.data.privacy import private_home
 from medclr.data.walk import SOURCES, Source, available_cores, walk
 from medclr.errors import DatalistError, ScanError
+from medclr.keys import PATIENT_ID
 
 _UNKNOWN = ScanError(
     "The patient is unknown.",
@@ -166,7 +167,9 @@ def index(
         summary = summarise(store) | counts
         summary |= {"unused_table_rows": identify.unused_rows, "without_table_row": identify.without_row}
         summary["conflicts"] = conflicts
-        paths = Paths(store, root, hide_subjects=hide_subjects, keep_ids=keep_ids)
+        ids = {path: row[PATIENT_ID] for path, row in cells.items() if PATIENT_ID in row}
+        ids |= {label: ids[path] for path, names in claims.items() if path in ids for label in names}
+        paths = Paths(store, root, hide_subjects=hide_subjects, keep_ids=keep_ids, ids=ids)
         note_hidden_parts(store, paths)
         rows = made_rows(store, paths, naming, people)
         result = IndexResult(rows, quarantine_entries(store, paths), summary, root, paths.root)

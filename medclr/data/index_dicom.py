@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,13 +165,14 @@ def _read_one(root: Path, check_voxels: bool, task: SeriesTask) -> str:
     except Exception as error:  # as above
         reason = _refused("The series cannot be put together.", type(error).__name__)
         refused = {header.path: reason for header in headers}
+    known = {header.path: header for header in headers}
     found = []
     for volume in volumes:
         content, dtype, reason_against = "", "", None
         if check_voxels:
             try:
                 with deadline(seconds=SECONDS + task.size / BYTES_A_SECOND):
-                    content, dtype = _read_voxels(root, volume)
+                    content, dtype = _read_voxels(root, volume, known)
             except ScanError as error:
                 reason_against = _listed(error)
             except Exception as error:  # as above
@@ -180,8 +181,8 @@ def _read_one(root: Path, check_voxels: bool, task: SeriesTask) -> str:
     return json.dumps({"volumes": found, "refused": {path: _listed(error) for path, error in refused.items()}})
 
 
-def _read_voxels(root: Path, volume: SeriesVolume) -> tuple[str, str]:
-    voxels, affine = read_volume(volume, lambda name: root / name)
+def _read_voxels(root: Path, volume: SeriesVolume, headers: Mapping[str, DicomHeader]) -> tuple[str, str]:
+    voxels, affine = read_volume(volume, lambda name: root / name, headers)
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise _refused("The image holds NaN or infinity.", "voxels that are no numbers")
     if (voxels == voxels.flat[0]).all():

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from medclr import keys
 from medclr.data.dicom_series import SeriesVolume
-from medclr.data.index_dicom import header_of
 from medclr.data.index_naming import Naming
 from medclr.data.index_people import People, days_between
 from medclr.data.index_scans import scans_in_order
@@ -56,9 +55,19 @@ class Paths:
         keep_ids: show all as it is.
     """
 
-    def __init__(self, store: Store, root: Path, *, hide_subjects: bool = False, keep_ids: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        root: Path,
+        *,
+        hide_subjects: bool = False,
+        keep_ids: bool = False,
+        ids: dict[str, str] | None = None,
+    ) -> None:
         self._store, self._keep = store, keep_ids
         self._subjects = hide_subjects
+        self._ids = ids or {}
+        self._last: tuple[str, list[str]] = ("", [])
         self._references = References()
         self._root = root.parts
         self.root = list(root.parts)
@@ -100,7 +109,18 @@ class Paths:
 
     def of_dicom(self, path: str) -> str:
         """The path of a DICOM file, without what its header, or that of the nearest readable one, holds."""
-        return self.hide(path, self._identity(path))
+        return self.hide(path, [*self._identity(path), *self._nearby(path.rpartition("/")[0])])
+
+    def _nearby(self, folder: str) -> list[str]:
+        """What is private of any series that lies in a folder: a file may lie in another patient's."""
+        if folder != self._last[0]:
+            select = (
+                "SELECT data FROM files WHERE path > ? AND path < ? AND kind = 'dicom' AND data IS NOT NULL "
+                "GROUP BY series LIMIT 32"
+            )
+            rows = self._store.database.execute(select, (f"{folder}/", f"{folder}0")) if folder else ()
+            self._last = folder, list(dict.fromkeys(value for (data,) in rows for value in private_values(data)))
+        return self._last[1]
 
     def of_any(self, path: str) -> str:
         """The path of whatever file."""
@@ -109,6 +129,7 @@ class Paths:
             return self.of_dicom(path)
         private = self._names(path)
         if self._subjects:
+            private += [self._ids[path]] if path in self._ids else []
             found = re.findall(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path)
             private += [text for label in found for text in (f"sub-{label}", label)]
         return self.hide(path, private)
@@ -170,13 +191,14 @@ def made_rows(store: Store, paths: Paths, naming: Naming, people: People) -> Ite
 def note_hidden_parts(store: Store, paths: Paths) -> None:
     """Find the components of paths that DICOM headers make private, before any path is shown."""
     last = ("", "")
-    for patient, *fields in scans_in_order(store):
-        scan = Scan(*fields)
-        if scan.volume is not None:
-            here = (patient, scan.place.rpartition("/")[0])
-            if here != last:
-                paths.note_hidden(scan.place, private_values(header_of(store, scan.place).to_json()))
-            last = here
+    select = (
+        "SELECT path, patient, data FROM files WHERE kind = 'dicom' AND data IS NOT NULL AND path > ? ORDER BY path"
+    )
+    for path, patient, data in store.pages(select):  # also of what is refused: its folder may hold other files
+        here = (patient or "", path.rpartition("/")[0])
+        if here != last:
+            paths.note_hidden(path, private_values(data))
+        last = here
 
 
 def quarantine_entries(store: Store, paths: Paths) -> Iterator[tuple[str, str, str]]:

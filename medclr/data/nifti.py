@@ -111,7 +111,8 @@ def _load_header(path: Path) -> nibabel.Nifti1Image:
     with LoggingOutputSuppressor():
         image = nibabel.load(path)
         with _open(path) as stream:
-            raw = type(image.header).from_fileobj(stream, check=False)
+            kind = type(image.header)
+            raw = kind(stream.read(kind.template_dtype.itemsize), check=False)  # without what follows the header
     # nibabel turns a spacing of 0 into 1, and a negative one positive; without an sform the affine is made of it.
     spacing = raw["pixdim"][1:4]
     if int(raw["sform_code"]) <= 0 and not (np.isfinite(spacing) & (spacing > 0)).all():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from medclr import keys
 from medclr.data.load import CHANNELS, LoadScand, plain
+from medclr.data.privacy import described
 from medclr.errors import ConfigError, ScanError
 
 POINT = "point"
@@ -54,7 +55,7 @@ class Preprocessing(Compose):
         intensity: a transform of one channel (1, X, Y, Z), applied to every present channel by itself. The default
             maps the 0.5th and 99.5th percentile of the volume to 0 and 1 and clips, which suits MR; for CT give a
             window: ``monai.transforms.ScaleIntensityRange(-1000, 400, 0, 1, clip=True)``.
-        reader: a MONAI image reader, or the name of one; ``NibabelReader`` if None, ``ITKReader`` for NRRD.
+        reader: a MONAI image reader, or the name of one; if None, the one that the file's type asks for.
 
     Raises:
         ConfigError: at construction, for unusable settings.
@@ -132,7 +133,7 @@ class Preprocessing(Compose):
         if place is not None and point is None:
             raise ScanError(
                 "A scan's point is unusable.",
-                got=place,
+                got=described(place),
                 wanted="[x, y, z] in world millimetres",
                 fix="Correct the row's point, or drop it.",
             )

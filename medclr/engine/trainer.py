@@ -62,6 +62,27 @@ def has_gradient(optimizer: Optimizer) -> bool:
     return any(parameter.grad is not None for parameter in parameters_of(optimizer))
 
 
+def refuse_one_patient(method: Any, dataset: Any) -> None:
+    """Raise where a method that tells patients apart has one patient to learn from.
+
+    Args:
+        method: one that weighs pairs by patient has an ``affinity``.
+        dataset: a :class:`~medclr.pairs.PatientPairDataset`; others are not asked.
+
+    Raises:
+        ConfigError: for one usable patient.
+    """
+    affinity, count = getattr(method, "affinity", None), getattr(dataset, "usable_patients", None)
+    if affinity is None or affinity.same_patient == "negative" or not callable(count) or count() != 1:
+        return
+    raise ConfigError(
+        "There is one patient, who has no negatives.",
+        got=f"one usable patient for {type(method).__name__}",
+        wanted="two patients or more in the training section",
+        fix="Add patients, or take a method without negatives: byol.yaml.",
+    )
+
+
 class ContrastiveTrainer(SupervisedTrainer):
     """A ``SupervisedTrainer`` for methods: the network is a method, perhaps inside DDP, the loss its ``contrast``.
 
@@ -155,6 +176,7 @@ class ContrastiveTrainer(SupervisedTrainer):
         views = (view_1, *others)
         if not self._compared:  # once: a collective a step would cost time
             refuse_other_batches(len(view_1.image))
+            refuse_one_patient(self.method, getattr(self.data_loader, "dataset", None))
             self._compared = True
         output: dict[str, Any] = {CommonKeys.IMAGE: view_1, CommonKeys.LABEL: meta, VIEWS: views}
         engine.state.output = output

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from medclr import keys
 from medclr.affinity import Affinity, of_views
 from medclr.affinity.meta import check_entries
 from medclr.errors import ConfigError
@@ -32,21 +31,21 @@ def needed_of_views(affinity: Affinity, meta: Mapping[str, Tensor], views: int) 
     return spread
 
 
-def refuse_one_patient(affinity: Affinity, meta: Mapping[str, Tensor]) -> None:
-    """Raise where all embeddings of a batch, of all ranks, are one patient's: there is nothing to tell apart.
+def refuse_one_sample(candidates: int) -> None:
+    """Raise where the batch of all ranks is one sample: there is nothing to tell it from.
+
+    A larger batch that holds one patient by chance teaches nothing, and does no harm.
 
     Args:
-        affinity: one that takes a patient's own samples for negatives may have a batch of one.
-        meta: of all candidates.
+        candidates: embeddings, two of each sample.
 
     Raises:
-        ConfigError: for fewer than two patients.
+        ConfigError: for one sample.
     """
-    patients = meta[keys.PATIENT]
-    if affinity.same_patient != "negative" and len(patients) and not bool((patients != patients[0]).any()):
+    if candidates == 2:
         raise ConfigError(
             "A batch holds one patient, who has no negatives.",
-            got=f"{len(patients)} embeddings of one patient",
+            got="two embeddings of one sample",
             wanted="two patients or more in the batch of all ranks",
             fix="Raise batch_size; where memory ends, set chunk_size too (cached.yaml), or take moco.yaml.",
         )

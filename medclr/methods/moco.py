@@ -16,7 +16,7 @@ from medclr.errors import ConfigError
 from medclr.geometry import View
 from medclr.losses.info_nce import check_temperature, info_nce
 from medclr.methods.branches import embed, online_and_target, refuse_unfitting_heads
-from medclr.methods.metadata import needed_of_views, refuse_one_patient
+from medclr.methods.metadata import needed_of_views, refuse_one_sample
 from medclr.models import Encoder, MomentumCopy, NegativeQueue, Projector
 
 
@@ -78,7 +78,6 @@ class MoCo(nn.Module):
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
         self.temperature = temperature
         self.affinity = affinity if affinity is not None else Affinity()
-        self._looked = False
         if momentum is None:
             momentum = 0.999 if queued else 0.99
         self.key_encoder = MomentumCopy(encoder, momentum, cosine=not queued)
@@ -119,8 +118,8 @@ class MoCo(nn.Module):
             nothing apart: the logarithm of the number of candidates. With an empty queue both are 0.
 
         Raises:
-            ConfigError: for missing metadata, a queue smaller than the batch of all ranks, or, without a queue, a first
-                batch of one patient.
+            ConfigError: for missing metadata, a queue smaller than the batch of all ranks, or, without a queue, a
+                batch of one sample.
         """
         own = needed_of_views(self.affinity, meta, views=2)
         if self.queue is not None:
@@ -128,9 +127,7 @@ class MoCo(nn.Module):
         queries = normalize(embeddings["predictions"].flatten(0, 1).float(), dim=1)
         candidates = gather(normalize(embeddings["targets"].detach().flatten(0, 1).float(), dim=1))
         key_meta = {name: gather(value) for name, value in own.items()}
-        if not self._looked:  # once: reading it waits for the device
-            refuse_one_patient(self.affinity, key_meta)
-            self._looked = True
+        refuse_one_sample(len(candidates))
         pairs = self.affinity.pairs(own, key_meta)
 
         def of_the_other_view(rows: slice) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from medclr.distributed import gather
 from medclr.geometry import View
 from medclr.losses.info_nce import check_temperature, info_nce
 from medclr.methods.branches import by_sample, embed, refuse_unfitting_heads
-from medclr.methods.metadata import needed_of_views, refuse_one_patient
+from medclr.methods.metadata import needed_of_views, refuse_one_sample
 from medclr.models import Encoder, Projector
 
 
@@ -46,7 +46,6 @@ class SimCLR(nn.Module):
         refuse_unfitting_heads(encoder, self.projector)
         self.temperature = temperature
         self.affinity = affinity if affinity is not None else Affinity()
-        self._looked = False
 
     def forward(self, view_1: View, view_2: View) -> dict[str, Tensor]:
         """Embeddings of a batch, sample by sample: ``features`` (B, 2, F) and ``projections`` (B, 2, D)."""
@@ -65,16 +64,14 @@ class SimCLR(nn.Module):
             nothing apart: the logarithm of the number of candidates.
 
         Raises:
-            ConfigError: for missing metadata, or a first batch of one patient.
+            ConfigError: for missing metadata, or a batch of one sample.
         """
         z = normalize(embeddings[keys.PROJECTIONS].float(), dim=-1)
         own = needed_of_views(self.affinity, meta, views=z.shape[1])
         queries = z.flatten(0, 1)
         candidates = gather(queries)
         key_meta = {name: gather(value) for name, value in own.items()}
-        if not self._looked:  # once: reading it waits for the device
-            refuse_one_patient(self.affinity, key_meta)
-            self._looked = True
+        refuse_one_sample(len(candidates))
         pairs = self.affinity.pairs(own, key_meta)
         return {
             keys.LOSS: info_nce(queries, candidates, pairs, self.temperature),

@@ -135,6 +135,21 @@ def test_what_fails_names_no_real_path_in_error_log_or_traceback(
             assert "zorn" not in text
 
 
+class Failing(NibabelReader):  # type: ignore[misc]
+    """A reader with a reason of its own, behind which the cause names the file."""
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        raise ScanError("A slice is missing.", got="7", wanted="8", fix="Find it.") from RuntimeError(f"lost {data}")
+
+
+def test_a_readers_own_reason_is_kept_and_what_lies_behind_it_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "ZORN_QUIN" / "scan.nii.gz")
+    hidden = References().hide_all([("ZORN_QUIN", ["Zorn^Quin"])])[0]
+    with pytest.raises(ScanError, match="slice is missing") as caught:
+        ScanFiles(Failing())(tmp_path / hidden / "scan.nii.gz")
+    assert list(causes(caught.value)) == [caught.value]
+
+
 def test_the_reader_follows_from_the_file_type(tmp_path: Path) -> None:
     sitk = pytest.importorskip("SimpleITK")
     voxels = np.random.default_rng(1).integers(0, 900, (9, 8, 7)).astype(np.int16)

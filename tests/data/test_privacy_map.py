@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from medclr.data.privacy import References, has_reference, locate
-from medclr.data.privacy_key import KEY_FILE, MAP_FILE
+from medclr.data.privacy_key import KEY_FILE, MAP_FILE, read_key
 from medclr.data.privacy_map import _map_of
 from medclr.errors import ConfigError
 
@@ -105,8 +105,9 @@ def test_processes_write_at_the_same_time(home: Path) -> None:
         ]
 
 
-def _find(path: str) -> str:
-    return locate(path)
+def _find(path: str) -> tuple[str, bool]:
+    found = locate(path)
+    return found, _map_of(os.environ["MEDCLR_HOME"])._process == os.getpid()
 
 
 def test_forked_workers_look_up_with_connections_of_their_own(home: Path) -> None:
@@ -114,7 +115,7 @@ def test_forked_workers_look_up_with_connections_of_their_own(home: Path) -> Non
     forget()
     locate(hidden[0])  # opens a connection, which the workers inherit
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        assert pool.map(_find, hidden, chunksize=10) == [f"doe {number}.dcm" for number in range(200)]
+        assert pool.map(_find, hidden, chunksize=10) == [(f"doe {number}.dcm", True) for number in range(200)]
 
 
 @pytest.mark.slow
@@ -179,6 +180,17 @@ def test_a_map_that_was_tampered_with_is_refused_without_saying_the_name(home: P
         References().resolve(hidden)
     assert "ROE" not in str(caught.value)
     assert "passwd" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../../b", "/etc/passwd", "x\0y"])
+def test_even_with_the_key_no_reference_leads_out_of_a_folder(home: Path, name: str) -> None:
+    References().hide_all([(PATH, PRIVATE)])
+    forged = _map_of(str(home))._digest(read_key(home), name)
+    forget()
+    with sqlite3.connect(home / MAP_FILE) as database:
+        database.execute("INSERT INTO components VALUES (?, ?)", (forged, name.encode()))
+    with pytest.raises(ConfigError, match="does not fit its key"):
+        References().resolve(f"a/{forged}/b")
 
 
 def test_a_map_of_another_key_is_refused(home: Path) -> None:

@@ -35,7 +35,7 @@ def hidden(path: str, private: list[str]) -> str:
             "ct_john",
             "JDoe",
         ),
-        *("doej", "DoeJohn_19", "x John x", "MRDOEJOHN", "Do\u0308e John", "DÖE_JOHN"),
+        *("doej", "DoeJohn_19", "x John x", "MRDOEJOHN", "ScanJohn", "Do\u0308e John", "DÖE_JOHN"),
     ],
 )
 def test_a_name_is_found_however_it_is_spelt(part: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from monai.networks.nets import SegResNet
 from torch.utils.data import DataLoader, Dataset
 
 from medclr import keys
+from medclr.affinity import Affinity
 from medclr.draws import draw_key
 from medclr.engine import ContrastiveTrainer, PrepareViews
-from medclr.engine.trainer import VIEWS, optimizer_step, place_in_step
+from medclr.engine.trainer import VIEWS, optimizer_step, place_in_step, refuse_one_patient
 from medclr.errors import ConfigError
 from medclr.geometry import Crop, View
 from medclr.methods import SimCLR
 from medclr.models import Encoder, Projector, norm_argument
 from medclr.views import GaussianNoise, RandomSpatial, TwoViews
+from tests.methods.builders import method_of
 
 SIZE = (8, 8, 8)
 
@@ -302,3 +305,20 @@ def test_a_method_is_told_when_a_step_begins_also_after_one_that_was_left_out(ac
     spoil(trainer, 2)
     trainer.run()
     assert method.progress == pytest.approx([int(part) / 6 for part in expected.split()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "patients", "refused"), [("SimCLR", 1, True), ("SimCLR", 2, False), ("BYOL", 1, False)]
+)
+def test_a_cohort_of_one_patient_is_refused_where_patients_are_told_apart(
+    kind: str, patients: int, refused: bool
+) -> None:
+    dataset = SimpleNamespace(usable_patients=lambda: patients)
+    if refused:
+        with pytest.raises(ConfigError, match="one usable patient for SimCLR"):
+            refuse_one_patient(method_of(kind), dataset)
+    else:
+        refuse_one_patient(method_of(kind), dataset)
+    own_scans_repel = method_of("SimCLR", affinity=Affinity(same_patient="negative"))
+    refuse_one_patient(own_scans_repel, dataset)
+    refuse_one_patient(method_of("SimCLR"), None)

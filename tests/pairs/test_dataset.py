@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,7 @@ def test_a_folder_that_is_gone_stops_the_run_and_a_single_scan_does_not(
     with pytest.raises(DatalistError, match="Too many scans have become unusable during the run") as caught:
         epoch_of(dataset, workers)
     message = str(caught.value)
-    assert "2 of 9 since the start" in message
+    assert re.search(r"\b[2-9] of 9 since the start", message), "workers may find several before one of them says so"
     assert "at most 1 (max_bad_scans: 0.2)" in message
     assert "still mounted" in message
 

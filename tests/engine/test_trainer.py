@@ -23,7 +23,7 @@ from medclr.geometry import Crop, View
 from medclr.methods import SimCLR
 from medclr.models import Encoder, Projector, norm_argument
 from medclr.views import GaussianNoise, RandomSpatial, TwoViews
-from tests.methods.builders import method_of
+from tests.methods.builders import method_of as method_named
 
 SIZE = (8, 8, 8)
 
@@ -307,18 +307,18 @@ def test_a_method_is_told_when_a_step_begins_also_after_one_that_was_left_out(ac
     assert method.progress == pytest.approx([int(part) / 6 for part in expected.split()])
 
 
-@pytest.mark.parametrize(
-    ("kind", "patients", "refused"), [("SimCLR", 1, True), ("SimCLR", 2, False), ("BYOL", 1, False)]
-)
+COHORTS = [("SimCLR", 1, True), ("SimCLR", 2, False), ("BYOL", 1, False)]
+
+
+@pytest.mark.parametrize(("kind", "patients", "refused"), COHORTS)
 def test_a_cohort_of_one_patient_is_refused_where_patients_are_told_apart(
     kind: str, patients: int, refused: bool
 ) -> None:
     dataset = SimpleNamespace(usable_patients=lambda: patients)
     if refused:
         with pytest.raises(ConfigError, match="one usable patient for SimCLR"):
-            refuse_one_patient(method_of(kind), dataset)
+            refuse_one_patient(method_named(kind), dataset)
     else:
-        refuse_one_patient(method_of(kind), dataset)
-    own_scans_repel = method_of("SimCLR", affinity=Affinity(same_patient="negative"))
-    refuse_one_patient(own_scans_repel, dataset)
-    refuse_one_patient(method_of("SimCLR"), None)
+        refuse_one_patient(method_named(kind), dataset)
+    refuse_one_patient(method_named("SimCLR", affinity=Affinity(same_patient="negative")), dataset)
+    refuse_one_patient(method_named("SimCLR"), None)

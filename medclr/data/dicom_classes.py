@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from medclr.data.dicom_bounds import refused
-from medclr.data.dicom_frames import IMAGE_TYPE, Frame
+from medclr.data.dicom_frames import IMAGE_TYPE
 from medclr.data.dicom_header import DicomHeader
 from medclr.data.nifti import MAX_SPACING_MM, MIN_SPACING_MM
 from medclr.errors import ScanError
@@ -69,19 +69,12 @@ def left_out(header: DicomHeader) -> ScanError | None:
         )
     if header.bits[0] not in (8, 16, 32) and not (header.pixels and header.pixels.tag == 0x7FE00009):
         return refused("The pixels' type is not supported.", f"{header.bits[0]} bits", "8, 16 or 32 bits")
-    return next(filter(None, map(_unplaced, dict.fromkeys(map(_Place, header.frames)))), None)
+    places = dict.fromkeys((frame.position, frame.orientation, frame.spacing) for frame in header.frames)
+    return next(filter(None, map(_unplaced, places)), None)
 
 
-class _Place(tuple):  # type: ignore[type-arg]
-    """Position, orientation and spacing of a frame, so that equal ones are looked at once."""
-
-    __slots__ = ()
-
-    def __new__(cls, frame: Frame) -> _Place:
-        return super().__new__(cls, (frame.position, frame.orientation, frame.spacing))
-
-
-def _unplaced(place: _Place) -> ScanError | None:
+def _unplaced(place: tuple[Any, Any, Any]) -> ScanError | None:
+    """Against a frame's position, orientation and spacing."""
     position, orientation, spacing = place
     missing = [
         name

@@ -58,7 +58,7 @@ def write_text(text: str, path: Path) -> None:
     Raises:
         DatalistError: the file cannot be written.
     """
-    with _refused(path), replacing(path) as file:
+    with writing(path), replacing(path) as file:
         file.write(text.encode())
 
 
@@ -68,12 +68,17 @@ def refuse_unwritable(path: Path) -> None:
     Raises:
         DatalistError: the file cannot be written.
     """
-    with _refused(path):
+    with writing(path):
         try_writing(path)
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Say in the project's words that ``path`` cannot be written.
+
+    Raises:
+        DatalistError: instead of an OSError.
+    """
     try:
         yield
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 from medclr.data.datalist import DATASET_DIR, Datalist, Row
 from medclr.data.dicom_series import SeriesVolume
 from medclr.data.dicom_volume import write_series
-from medclr.data.files import dump_json, refuse_unwritable
+from medclr.data.files import dump_json, refuse_unwritable, writing
 from medclr.data.index_export import copy_names, export_scans
 from medclr.data.index_processes import progress_bar
 from medclr.data.index_rows import Made
@@ -216,16 +216,8 @@ class IndexResult:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[_Lines]:
-    try:
-        with replacing(path) as file:
-            yield _Lines(file)
-    except OSError as error:
-        raise DatalistError(
-            "A file cannot be written.",
-            got=f"{path}: {error}",
-            wanted="a path in a folder that you may write to, with space left",
-            fix="Give another output path.",
-        ) from error
+    with writing(path), replacing(path) as file:
+        yield _Lines(file)
 
 
 def _spool(items: Iterable[tuple[Any, ...]]) -> IO[bytes]:
